@@ -47,6 +47,7 @@ import tyro
 from gymnasium.vector.utils import batch_space
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 from torch.func import functional_call, grad, vjp, vmap
+from torch.nn.utils import parameters_to_vector
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -157,8 +158,8 @@ class Policy(nn.Module):
         return Independent(Normal(mean, log_std.exp(), validate_args=False), 1)
 
 
-def act(policy, params, obs) -> torch.Tensor:
-    """The distributions of N policies at once: params (N, ...) by name, obs (N, ..., O) -> dist (N, ..., D)."""
+def distributions(policy, params, obs) -> torch.Tensor:
+    """What N policies do, at once: params (N, ...) by name, obs (N, ..., O) -> dist (N, ..., D)."""
     return vmap(lambda params, obs: functional_call(policy, params, (obs,)))(params, obs)
 
 
@@ -176,20 +177,22 @@ def collect(params, tasks, rng, envs, policy, horizon, gamma, gae_lambda, reward
     noise = noise(size=(envs.total_lanes, horizon, policy.out_size))[envs.lanes] * (not deterministic)
     noise = torch.as_tensor(noise, dtype=torch.get_default_dtype(), device=params["net.0.weight"].device)
 
-    def sample(obs, t):  # (N E, O) -> (N E, A) or (N E,)
-        dist = act(policy, params, obs.unflatten(0, (n, -1))).flatten(0, 1)
+    def act(obs, t):  # (N E, O) -> (N E, A) or (N E,)
+        dist = distributions(policy, params, obs.unflatten(0, (n, -1))).flatten(0, 1)
         if policy.discrete:
             return (dist + noise[:, t]).argmax(-1)  # Gumbel noise makes it a draw from the softmax
         mean, log_std = dist.chunk(2, -1)
         return mean + log_std.exp() * noise[:, t]
 
     with torch.no_grad():
-        batch = rollout(envs, sample, np.repeat(tasks, envs.num_envs // n, axis=0), horizon, rng, noise.device)
+        batch = rollout(envs, act, np.repeat(tasks, envs.num_envs // n, axis=0), horizon, rng, noise.device)
         batch = {name: x.unflatten(0, (n, -1)) for name, x in batch.items()}
         if reward == "sparse":
-            batch["rewards"] = batch["sparse_rewards"]
+            batch["rewards"] = (
+                batch["sparse_reward"] if "sparse_reward" in batch else fail(f"{envs.env_id} has no sparse reward")
+            )
         batch["advantages"] = standardised_advantages(batch, gamma, gae_lambda)
-        batch["dist"] = act(policy, params, batch["obs"])
+        batch["dist"] = distributions(policy, params, batch["obs"])
         batch["logprobs"] = policy.distribution(batch["dist"]).log_prob(batch["actions"])
     return batch
 
@@ -362,7 +365,7 @@ def main(args: Args) -> dict[str, float]:
             inner_lr=args.inner_lr, **inner,
         )  # fmt: skip
         trust_region = {"max_kl": args.max_kl, "cg_iters": args.cg_iters, "cg_damping": args.cg_damping}
-        vector, losses = meta_update(flatten(meta), dist_of, outer_batch, policy, **trust_region)
+        vector, losses = meta_update(parameters_to_vector(meta.values()), dist_of, outer_batch, policy, **trust_region)
         meta = unflatten(vector, meta)
         updated = time.perf_counter()
 
@@ -396,14 +399,8 @@ def main(args: Args) -> dict[str, float]:
 
 # >>> shared: tasks
 
-POINT_FAMILIES = {  # with their horizons
-    "PointRobot-v0": 20,
-    "SparsePointRobot-v0": 20,
-    "Navigation2D-v0": 100,
-    "MultimodalNavigation2-v0": 100,
-    "MultimodalNavigation4-v0": 100,
-    "MultimodalNavigation6-v0": 100,
-}
+POINT_FAMILIES = ["PointRobot-v0", "SparsePointRobot-v0", "Navigation2D-v0"]
+POINT_FAMILIES += [f"MultimodalNavigation{modes}-v0" for modes in (2, 4, 6)]
 
 
 class TaskEnvs(gym.vector.VectorEnv):
@@ -434,7 +431,8 @@ class PointEnvs(TaskEnvs):
         self.momentum = env_id.startswith("Multimodal")
         observation_space = gym.spaces.Box(-np.inf, np.inf, (4 if self.momentum else 2,), np.float64)
         action_space = gym.spaces.Box(-1, 1, (2,), np.float64)
-        super().__init__(env_id, num_envs, lanes, POINT_FAMILIES[env_id], observation_space, action_space)
+        horizon = 20 if env_id.endswith("PointRobot-v0") else 100
+        super().__init__(env_id, num_envs, lanes, horizon, observation_space, action_space)
 
     def sample_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
         if self.env_id == "PointRobot-v0":
@@ -479,31 +477,29 @@ class PointEnvs(TaskEnvs):
 
 
 class UserEnvs(TaskEnvs):
-    """Any registered environment whose unwrapped env has sample_tasks(n) and set_task(task), lane by lane.
+    """A registered environment whose unwrapped env has sample_tasks(n) and set_task(task), lane by lane.
 
-    Box actions come from [-1, 1]; info["sparse_reward"] and info["success"] are passed on.
+    [-1, 1] is mapped to the bounds of its Box actions; info["sparse_reward"] and info["success"] are passed on.
     """
 
     def __init__(self, env_id: str, num_envs: int, lanes: slice):
         sys.path.append(os.getcwd())  # the last place to look for the module of module:Id-v0
         try:
-            self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)[lanes]]
+            envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)[lanes]]
         except (gym.error.Error, ImportError, ValueError) as error:
             near = difflib.get_close_matches(env_id, [*POINT_FAMILIES, *gym.registry])
             fail(f"no tasks {env_id}: {str(error).splitlines()[0]}" + f" Near: {', '.join(near)}." * bool(near))
         for method in ("sample_tasks", "set_task"):
-            if not callable(getattr(self.envs[0].unwrapped, method, None)):
-                fail(f"{env_id} is no family of tasks: it has no method {method} (docs/tasks.md)")
-        self.native = self.envs[0].action_space
+            if not callable(getattr(envs[0].unwrapped, method, None)):
+                fail(f"{env_id} is no family of tasks: it has no method {method} (see docs/tasks.md)")
+        self.native = action_space = envs[0].action_space
         if isinstance(self.native, gym.spaces.Box):
             action_space = gym.spaces.Box(-1, 1, (math.prod(self.native.shape),), np.float64)
-        elif isinstance(self.native, gym.spaces.Discrete):
-            action_space = gym.spaces.Discrete(self.native.n)
-        else:
-            fail(f"{env_id} has {type(self.native).__name__} actions, neither Box nor Discrete")
-        horizon = self.envs[0].spec.max_episode_steps or 0
-        self.envs = [gym.wrappers.FlattenObservation(env) for env in self.envs]
-        super().__init__(env_id, num_envs, lanes, horizon, self.envs[0].observation_space, action_space)
+        elif not isinstance(self.native, gym.spaces.Discrete):
+            fail(f"{env_id} has {type(self.native).__name__} actions; Box and Discrete are supported")
+        self.envs = [gym.wrappers.FlattenObservation(env) for env in envs]
+        observation_space, horizon = self.envs[0].observation_space, envs[0].spec.max_episode_steps or 0
+        super().__init__(env_id, num_envs, lanes, horizon, observation_space, action_space)
 
     def sample_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
         self.envs[0].reset(seed=int(rng.integers(2**31)))
@@ -522,11 +518,10 @@ class UserEnvs(TaskEnvs):
 
     def step(self, actions: np.ndarray):
         if isinstance(self.native, gym.spaces.Discrete):
-            actions = actions + self.native.start
+            actions = self.native.start + actions
         else:
-            actions = np.clip(actions, -1, 1).reshape(self.num_envs, *self.native.shape)
-            if self.native.is_bounded():
-                actions = self.native.low + (actions + 1) / 2 * (self.native.high - self.native.low)
+            low, high = (self.native.low, self.native.high) if self.native.is_bounded() else (-1, 1)
+            actions = low + (np.clip(actions, -1, 1).reshape(-1, *self.native.shape) + 1) / 2 * (high - low)
         rewards, infos = np.zeros(self.num_envs), {}
         for i in np.flatnonzero(~(self.terminated | self.truncated)):
             result = self.envs[i].step(actions[i].astype(self.native.dtype))
@@ -541,11 +536,11 @@ def make_envs(env_id: str, num_envs: int, num_threads: int = 0, lanes: slice = s
     return (PointEnvs if env_id in POINT_FAMILIES else UserEnvs)(env_id, num_envs, lanes)
 
 
-def rollout(envs: TaskEnvs, policy, tasks, horizon, rng, device) -> dict[str, torch.Tensor]:
-    """One episode in every lane; policy: (obs (B, O), t) -> actions (B, A), on device; tasks: a row per lane.
+def rollout(envs: TaskEnvs, act, tasks, horizon, rng, device) -> dict[str, torch.Tensor]:
+    """One episode in every lane; act: (obs (B, O), t) -> actions (B, A), on device; tasks: a row per lane.
 
     Returns obs (B, T, O), actions (B, T, A) or (B, T), rewards and mask (B, T), T the longest episode; the mask is 1
-    up to a lane's end, and after it everything is 0. Also sparse_rewards and success (B, T) where tasks report them.
+    up to a lane's end, and after it everything is 0. Also sparse_reward and success (B, T) where tasks report them.
     """
     obs, _ = envs.reset(seed=int(rng.integers(2**31)), options={"task": tasks})
     alive = np.ones(envs.num_envs, bool)
@@ -553,21 +548,14 @@ def rollout(envs: TaskEnvs, policy, tasks, horizon, rng, device) -> dict[str, to
     observations, actions, steps = [], [], {}
     for t in range(horizon):
         observations.append(tensor(obs))
-        actions.append(policy(observations[-1], t))
+        actions.append(act(observations[-1], t))
         obs, reward, terminated, truncated, info = envs.step(actions[-1].cpu().numpy())
         bad = alive & ~(np.isfinite(reward) & np.isfinite(obs).all(axis=1))
         if bad.any():
             lane = range(envs.total_lanes)[envs.lanes][bad.argmax()]
             fail(f"{envs.env_id}: reward or observation is not finite in lane {lane}, step {t}, task {tasks[bad][0]}")
-        report = {
-            "rewards": reward,
-            "mask": 1,
-            "sparse_rewards": info.get("sparse_reward"),
-            "success": info.get("success"),
-        }
-        for name, value in report.items():
-            if value is not None:
-                steps.setdefault(name, np.zeros((envs.num_envs, horizon)))[:, t] = value * alive
+        for name, value in {"rewards": reward, "mask": alive, **info}.items():
+            steps.setdefault(name, np.zeros((envs.num_envs, horizon)))[:, t] = value * alive
         alive = alive & ~(terminated | truncated)
         if not alive.any():
             break
@@ -739,16 +727,14 @@ class Run:
 
 def report(scores: dict[str, np.ndarray], episodes: int, show: bool = False) -> dict[str, float]:
     """Meta-test scores (K + 1, M) as eval/* metrics, row k after k x episodes; prints them as a table if show."""
-    metrics = {}
+    metrics, table = {}, []
     for name, score in scores.items():
-        if show and ranks()[0] == 0:
-            print(f"{name} on {score.shape[1]} held-out tasks, mean and 95% interval over tasks:")
-        for k, row in enumerate(score):
-            metrics[f"eval/{name}_after_{k * episodes}_episodes"] = float(row.mean())
-            if show and ranks()[0] == 0:
-                print(
-                    f"  after {k * episodes:4d} episodes {row.mean():10.3f} ± {1.96 * row.std() / len(row) ** 0.5:.3f}"
-                )
+        table.append(f"{name} on {score.shape[1]} held-out tasks, mean and 95% interval over tasks:")
+        for k, (mean, error) in enumerate(zip(score.mean(1), score.std(1) / score.shape[1] ** 0.5, strict=True)):
+            metrics[f"eval/{name}_after_{k * episodes}_episodes"] = float(mean)
+            table.append(f"  after {k * episodes:4d} episodes {mean:10.3f} ± {1.96 * error:.3f}")
+    if show and ranks()[0] == 0:
+        print("\n".join(table), flush=True)
     return metrics
 
 
@@ -801,11 +787,6 @@ def standardised_advantages(batch, gamma: float, gae_lambda: float) -> torch.Ten
 
 # <<< shared: policy_grad
 # >>> shared: trpo
-
-
-def flatten(params: dict[str, torch.Tensor]) -> torch.Tensor:
-    """All parameters as one vector (P,)."""
-    return torch.cat([p.flatten() for p in params.values()])
 
 
 def unflatten(vector: torch.Tensor, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
