@@ -188,9 +188,7 @@ def collect(params, tasks, rng, envs, policy, horizon, gamma, gae_lambda, reward
         batch = rollout(envs, act, np.repeat(tasks, envs.num_envs // n, axis=0), horizon, rng, noise.device)
         batch = {name: x.unflatten(0, (n, -1)) for name, x in batch.items()}
         if reward == "sparse":
-            batch["rewards"] = (
-                batch["sparse_reward"] if "sparse_reward" in batch else fail(f"{envs.env_id} has no sparse reward")
-            )
+            batch["rewards"] = batch["sparse_reward"]
         batch["advantages"] = standardised_advantages(batch, gamma, gae_lambda)
         batch["dist"] = distributions(policy, params, batch["obs"])
         batch["logprobs"] = policy.distribution(batch["dist"]).log_prob(batch["actions"])
@@ -316,6 +314,9 @@ def main(args: Args) -> dict[str, float]:
     test_tasks = envs.sample_tasks(num_test_tasks, np.random.default_rng([args.task_seed, 1]))
     if args.num_train_tasks:
         train_tasks = envs.sample_tasks(args.num_train_tasks, np.random.default_rng([args.task_seed, 0]))
+
+    if "sparse" in (args.train_reward, args.test_reward):
+        require_sparse_reward(envs, test_tasks[:1])
 
     # meta-parameters: θ, and with --learn-inner-lr the logarithms of its step sizes
     policy = Policy(envs.single_observation_space.shape[0], envs.single_action_space, args.hidden_size)
@@ -564,6 +565,13 @@ def rollout(envs: TaskEnvs, act, tasks, horizon, rng, device) -> dict[str, torch
     for name in ("obs", "actions"):
         batch[name][batch["mask"] == 0] = 0
     return batch
+
+
+def require_sparse_reward(envs: TaskEnvs, task: np.ndarray):
+    """End the program if the tasks report no sparse reward; task: (1, task size)."""
+    envs.reset(seed=0, options={"task": task.repeat(envs.num_envs, axis=0)})
+    if "sparse_reward" not in envs.step(np.zeros(envs.action_space.shape, envs.action_space.dtype))[4]:
+        fail(f"{envs.env_id} reports no sparse reward")
 
 
 def episode_scores(batch) -> dict[str, torch.Tensor]:
