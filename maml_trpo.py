@@ -283,17 +283,18 @@ def evaluate(meta, tasks, collect, adapt, group, num_steps, inner_lr, lr_decay, 
     """
     scores = {}
     for first in range(0, len(tasks), group):
-        members = (first + np.arange(group))[shard(group)]
+        members = (first + np.arange(group))[shard(group)]  # the last group wraps around
         theta, lr = split(meta, inner_lr)
         params = {name: p.expand(len(members), *p.shape) for name, p in theta.items()}
         for k in range(num_steps + 1):
             episodes = partial(collect, params, tasks[members % len(tasks)], keyed_rng(seed, "eval", first, k))
             batch = episodes()
             for name, score in episode_scores(episodes(deterministic=True) if deterministic else batch).items():
-                scores.setdefault(name, np.zeros((num_steps + 1, len(tasks) + group)))[k, members] = score.cpu()
-            params = vmap(partial(adapt, lr=lr))(params, batch)
-            lr = {name: x * (lr_decay if k == 0 else 1) for name, x in lr.items()}
-    return {name: all_reduce(torch.as_tensor(x)).numpy()[:, : len(tasks)] for name, x in scores.items()}
+                scores.setdefault(name, score.new_zeros(num_steps + 1, len(tasks) + group))[k, members] = score
+            if k < num_steps:
+                scaled_lr = {name: x * (lr_decay if k else 1) for name, x in lr.items()}
+                params = vmap(partial(adapt, lr=scaled_lr))(params, batch)
+    return {name: all_reduce(score)[:, : len(tasks)].cpu().numpy() for name, score in scores.items()}
 
 
 def main(args: Args) -> dict[str, float]:
@@ -326,13 +327,14 @@ def main(args: Args) -> dict[str, float]:
     meta = {name: p.to(device) for name, p in checkpoint.get("meta", meta).items()}
 
     # the functions above with this run's settings
-    collect_ = partial(collect, policy=policy, horizon=horizon, gamma=args.gamma, gae_lambda=args.gae_lambda)
+    sampling = {"policy": policy, "horizon": horizon, "gamma": args.gamma, "gae_lambda": args.gae_lambda}
+    collect_train = partial(collect, envs=envs, reward=args.train_reward, **sampling)
+    collect_test = partial(collect, envs=eval_envs, reward=args.test_reward, **sampling)
     inner = {"policy": policy, "kind": args.inner_loss, "first_order": args.first_order}
     adapt = partial(inner_step, **inner)
     meta_test = partial(
-        evaluate, tasks=test_tasks, collect=partial(collect_, envs=eval_envs, reward=args.test_reward), adapt=adapt,
-        group=n, num_steps=args.num_eval_steps, inner_lr=args.inner_lr, lr_decay=args.eval_lr_decay, seed=args.seed,
-        deterministic=args.deterministic_eval,
+        evaluate, tasks=test_tasks, collect=collect_test, adapt=adapt, group=n, num_steps=args.num_eval_steps,
+        inner_lr=args.inner_lr, lr_decay=args.eval_lr_decay, seed=args.seed, deterministic=args.deterministic_eval,
     )  # fmt: skip
     if args.evaluate:
         return report(meta_test(meta), num_eval_episodes, show=True)
@@ -354,7 +356,7 @@ def main(args: Args) -> dict[str, float]:
         params, batches = {name: p.expand(len(tasks), *p.shape) for name, p in theta.items()}, []
         for k in range(args.num_inner_steps + 1):
             rng = keyed_rng(args.seed, "train", iteration, k)
-            batches.append(collect_(params, tasks, rng, envs=envs, reward=args.train_reward))
+            batches.append(collect_train(params, tasks, rng))
             if k < args.num_inner_steps:
                 params = vmap(partial(adapt, lr=lr))(params, batches[k])
         collected = time.perf_counter()
@@ -362,9 +364,9 @@ def main(args: Args) -> dict[str, float]:
         # (6)-(8) meta-update
         *inner_batches, outer_batch = batches
         dist_of = partial(
-            adapted_distributions, like=meta, inner_batches=inner_batches, obs=outer_batch["obs"],
-            inner_lr=args.inner_lr, **inner,
-        )  # fmt: skip
+            adapted_distributions, like=meta, inner_batches=inner_batches, inner_lr=args.inner_lr, **inner
+        )
+        dist_of = partial(dist_of, obs=outer_batch["obs"])
         trust_region = {"max_kl": args.max_kl, "cg_iters": args.cg_iters, "cg_damping": args.cg_damping}
         vector, losses = meta_update(parameters_to_vector(meta.values()), dist_of, outer_batch, policy, **trust_region)
         meta = unflatten(vector, meta)
