@@ -684,7 +684,7 @@ class Run:
         self.first_step, self.start, self.printed = global_step, time.perf_counter(), time.perf_counter()
         self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         if self.writes:
-            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
             self.folder = Path(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", name))
             self.writer = SummaryWriter(str(self.folder), purge_step=global_step + 1)  # hides what will be done again
             rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
