@@ -1,0 +1,69 @@
+"""What the tests share: the scripts, a tiny configuration, and a way to run a script in a folder of its own."""
+
+import importlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+
+SCRIPTS = ["maml_trpo"]  # the tests about the house run on each of these
+
+# PointRobot has random starts and never ends early: an iteration of maml_trpo takes 4 x 2 x 10 x 2 = 160 steps
+TINY = {"env_id": "PointRobot-v0", "meta_batch_size": 4, "episodes_per_task": 2, "horizon": 10, "num_test_tasks": 5}
+TINY |= {"num_eval_steps": 1, "num_threads": 1, "total_timesteps": 320}
+OWN = {"maml_trpo": {"hidden_size": 8}}
+
+
+def to_argv(flags):
+    """{"inner_lr": 0.2, "cuda": False} to ["--inner-lr", "0.2", "--no-cuda"]."""
+    argv = []
+    for name, value in flags.items():
+        name = name.replace("_", "-")
+        argv += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return argv
+
+
+def tiny(script, **flags):
+    """The command line of a tiny run; one that resumes or evaluates takes its settings from the checkpoint."""
+    name = getattr(script, "__name__", script)
+    return to_argv(flags if {"resume", "evaluate"} & flags.keys() else {**TINY, **OWN[name], **flags})
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """train(script, **flags) runs main in tmp_path and returns the run's folder and what main returned."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    names = iter(range(100))
+
+    def run(script, **flags):
+        if not {"resume", "evaluate"} & flags.keys():
+            flags.setdefault("exp_name", f"run{next(names)}")  # two runs in the same second need two folders
+        metrics = script.main(script.parse(script.Args, tiny(script, **flags)))
+        folder = flags.get("resume") or flags.get("evaluate") or next(Path("runs").glob(f"*__{flags['exp_name']}__*"))
+        return Path(folder), metrics
+
+    yield run
+    for number, handler in handlers.items():  # a run that ends in an error leaves its own behind
+        signal.signal(number, handler)
+
+
+def load(folder):
+    return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+
+
+def environment():
+    """For a process that is to find the scripts and user_tasks."""
+    return os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1"}

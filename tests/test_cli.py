@@ -1,0 +1,163 @@
+"""Bad input gets one line before anything is written, and a script works where it is copied to."""
+
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, environment, load, tiny
+
+
+@pytest.fixture
+def refuse(train, script, tmp_path):
+    """refuse(**flags): main ends with one line, which is returned, and leaves the folder as it is."""
+
+    def refuse(**flags):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(SystemExit) as end:
+            train(script, **flags)
+        line = end.value.code
+        assert isinstance(line, str) and line.startswith("error: ") and "\n" not in line and len(line) < 500
+        assert sorted(tmp_path.rglob("*")) == before
+        return line
+
+    return refuse
+
+
+COUNTS = ["total_timesteps", "meta_batch_size", "episodes_per_task", "num_test_tasks", "eval_episodes", "eval_every"]
+BAD = [(name, value) for name in [*COUNTS, "checkpoint_every"] for value in (0, -1)]
+BAD += [(name, -1) for name in ("seed", "task_seed", "horizon", "num_train_tasks", "num_eval_steps", "num_threads")]
+BAD += [("gamma", value) for value in (0, -0.5, 1.5, "nan", "inf")]
+BAD_MAML = [("max_kl", 0), ("max_kl", -0.01), ("inner_lr", 0), ("inner_lr", -0.1), ("inner_lr", "nan")]
+BAD_MAML += [("hidden_size", 0), ("num_inner_steps", 0), ("cg_iters", 0), ("cg_damping", -1), ("gae_lambda", 1.5)]
+BAD_OWN = {"maml_trpo": BAD_MAML}
+
+
+@pytest.mark.parametrize("flag, value", BAD)
+def test_numbers_out_of_range(refuse, flag, value):
+    line = refuse(**{flag: value})
+    assert f"--{flag.replace('_', '-')} {value}" in line and "must be" in line
+
+
+def test_own_numbers_out_of_range(refuse, script):
+    for flag, value in BAD_OWN[script.__name__]:
+        line = refuse(**{flag: value})
+        assert f"--{flag.replace('_', '-')} {value}" in line and "must be" in line
+
+
+def test_the_least_that_is_allowed(train, script):
+    train(script, seed=0, task_seed=0, num_eval_steps=0, num_test_tasks=1, horizon=1, gamma=1, total_timesteps=1)
+
+
+@pytest.mark.parametrize(
+    "env_id, parts",
+    [
+        ("Navigation2-v0", ["Navigation2-v0", "Near: ", "Navigation2D-v0"]),
+        ("PointRobot-v1", ["PointRobot-v0"]),
+        ("no such thing", ["no such thing"]),
+        ("", ["error: "]),
+        ("CartPole-v1", ["CartPole-v1", "sample_tasks", "docs/tasks.md"]),
+        ("no_such_module:Mine-v0", ["no_such_module"]),
+        ("user_tasks:NoSuch-v0", ["NoSuch"]),
+        ("user_tasks:Binary-v0", ["MultiBinary", "Box and Discrete"]),
+    ],
+)
+def test_environments_that_are_none(refuse, env_id, parts):
+    line = refuse(env_id=env_id)
+    assert all(part in line for part in parts), line
+
+
+@pytest.mark.parametrize("flag", ["train_reward", "test_reward"])
+def test_a_sparse_reward_where_there_is_none(refuse, flag):
+    assert "Navigation2D-v0 reports no sparse reward" in refuse(env_id="Navigation2D-v0", **{flag: "sparse"})
+
+
+def test_cuda_without_a_gpu(refuse, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--cuda" in refuse(cuda=True)
+
+
+# --------------------------------------------------------------------------------------------------- resuming what?
+
+
+@pytest.fixture
+def folder(train, script):
+    return train(script)[0]
+
+
+def test_a_complete_run(refuse, folder):
+    assert "is complete" in refuse(resume=folder)
+
+
+@pytest.mark.parametrize("flag, value", [("env_id", "Navigation2D-v0"), ("gamma", 0.5), ("num_test_tasks", 6)])
+def test_a_flag_that_cannot_change(refuse, folder, flag, value):
+    line = refuse(resume=folder, total_timesteps=10**9, **{flag: value})
+    assert f"--{flag.replace('_', '-')}" in line and "cannot change" in line
+    if flag != "num_test_tasks":  # this may change for an evaluation
+        assert "cannot change" in refuse(evaluate=folder, **{flag: value})
+
+
+def test_what_may_change(train, script, folder):
+    steps = load(folder)["global_step"] + 1
+    train(script, resume=folder, total_timesteps=steps, num_threads=1, eval_every=1, checkpoint_every=1, cuda=False)
+    args = load(folder)["args"]
+    assert args["total_timesteps"] == steps and args["resume"] == "" and args["horizon"] == TINY["horizon"]
+
+
+@pytest.mark.parametrize("flag", ["resume", "evaluate"])
+def test_folders_that_are_no_runs(refuse, folder, flag, tmp_path):
+    assert "is no run" in refuse(**{flag: "runs/none"})
+    assert "is no run" in refuse(**{flag: "."})
+    assert "exclude each other" in refuse(resume=folder, evaluate=folder)
+    path, checkpoint = folder / "checkpoint.pt", load(folder)
+    whole = path.read_bytes()
+    torch.save(checkpoint | {"algorithm": "another"}, path)
+    assert "written by another.py" in refuse(**{flag: folder})
+    for content in (whole[: len(whole) // 2], whole[:10], b"", b"\x93random bytes" * 100):
+        path.write_bytes(content)
+        assert "damaged" in refuse(**{flag: folder})
+    for content in ([1, 2], {"weights": torch.zeros(3)}, folder):  # a Path needs the unsafe loader
+        torch.save(content, path)
+        assert "damaged" in refuse(**{flag: folder})
+
+
+# ------------------------------------------------------------------------------------------------- as its own process
+
+
+def run(command, cwd):
+    return subprocess.run([sys.executable, *command], cwd=cwd, env=environment(), capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("flags", [{"env_id": "Navigation-v0"}, {"resume": "runs/none"}])
+def test_an_error_is_one_line_on_stderr(script, tmp_path, flags):
+    result = run([script.__file__, *tiny(script, **flags)], tmp_path)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_of_the_script_is_enough(script, tmp_path):
+    name = Path(script.__file__).name
+    shutil.copy(script.__file__, tmp_path)
+    usage = run(["-I", name, "--help"], tmp_path)  # -I: nothing else on the path
+    assert usage.returncode == 0 and usage.stderr == "" and "--meta-batch-size" in usage.stdout
+    assert list(tmp_path.iterdir()) == [tmp_path / name]
+    result = run(["-I", name, *tiny(script)], tmp_path)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert result.stdout.startswith("writing to runs/") and "held-out tasks" in result.stdout
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert load(folder)["global_step"] == TINY["total_timesteps"]
+
+
+def test_importing_does_nothing(script, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    path, generator = sys.path.copy(), torch.get_rng_state()
+    runpy.run_path(script.__file__, run_name="imported")
+    assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert path == sys.path and torch.equal(generator, torch.get_rng_state())

@@ -1,0 +1,236 @@
+"""Seeds, resuming, signals, checkpoints, --evaluate and ranks."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import TINY, environment, load, tiny
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+LONG = 10**9
+# scripts whose draws do not depend on the number of ranks
+EQUAL_RANKS = ["maml_trpo"]
+
+
+def state(folder):
+    """All of a checkpoint but the command line."""
+    return {name: value for name, value in load(folder).items() if name != "args"}
+
+
+def same(a, b, tolerance=0):
+    """Whether two nests of tensors and numbers are equal, bit for bit without a tolerance."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name], tolerance) for name in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y, tolerance) for x, y in zip(a, b, strict=True))
+    if torch.is_tensor(a):
+        equal = torch.equal if not tolerance else lambda a, b: torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+        return a.dtype == b.dtype and equal(a, b)
+    return a == b or (isinstance(a, float) and abs(a - b) <= tolerance * max(1, abs(a)))
+
+
+def scalars(folder):
+    """{tag: {step: value}} of what a run logged, without timings; fails if a tag has a step twice."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    logged = {}
+    for tag in events.Tags()["scalars"]:
+        steps = [event.step for event in events.Scalars(tag)]
+        assert steps == sorted(set(steps)), f"{tag}: {steps}"
+        if tag != "charts/SPS" and not tag.startswith("time/"):
+            logged[tag] = {event.step: event.value for event in events.Scalars(tag)}
+    return logged
+
+
+def test_the_seed_decides(script, train):
+    first, again, other = (train(script, seed=seed)[0] for seed in (1, 1, 2))
+    assert same(state(first), state(again)) and not same(state(first), state(other))
+    assert scalars(first) == scalars(again) != scalars(other)
+
+
+def test_meta_tests_do_not_change_training(script, train):
+    often, rarely = (train(script, eval_every=every, num_test_tasks=n)[0] for every, n in ((1, 5), (LONG, 3)))
+    assert same(state(often), state(rarely))
+
+
+def test_what_main_returns(script, train):
+    folder, metrics = train(script, env_id="SparsePointRobot-v0", eval_every=1)
+    logged = scalars(folder)
+    expected = {tag: values[max(values)] for tag, values in logged.items() if tag.startswith(("eval/", "charts/"))}
+    assert metrics.keys() == expected.keys() | {"charts/SPS"}
+    assert {tag: metrics[tag] for tag in expected} == pytest.approx(expected)
+    assert {"charts/episodic_return", "charts/episodic_length"} <= metrics.keys()
+    assert any(tag.startswith("eval/return_after_") for tag in metrics)
+    assert {tag.replace("success", "return") for tag in metrics if "success" in tag} <= metrics.keys()
+    assert all(max(values) == state(folder)["global_step"] for values in logged.values())
+
+
+RESUMED = {"plain": {}, "a fixed set of tasks": {"num_train_tasks": 6}}
+RESUMED_OWN = {"maml_trpo": {"learned step sizes": {"learn_inner_lr": True, "num_inner_steps": 2}}}
+
+
+@pytest.mark.parametrize("case", ["plain", "a fixed set of tasks", "own"])
+def test_a_resumed_run_equals_the_uninterrupted_one(script, train, case):
+    for flags in RESUMED_OWN[script.__name__].values() if case == "own" else [RESUMED[case]]:
+        whole, metrics = train(script, total_timesteps=4 * 160, **flags)
+        part, _ = train(script, total_timesteps=2 * 160, **flags)
+        half = state(part)
+        _, resumed_metrics = train(script, resume=part, total_timesteps=4 * 160)
+        assert same(state(part), state(whole)) and not same(state(part), half)
+        logged, expected = scalars(part), scalars(whole)
+        for tag, values in expected.items():
+            # the first half ended with a meta-test of its own
+            assert values.items() <= logged[tag].items() and (tag.startswith("eval/") or values == logged[tag])
+        del metrics["charts/SPS"], resumed_metrics["charts/SPS"]
+        assert resumed_metrics == metrics
+
+
+class Crash(Exception):
+    pass
+
+
+def test_a_crash_after_a_checkpoint_loses_nothing(script, train, monkeypatch):
+    """What was logged after the last checkpoint is done again, and is in TensorBoard once."""
+    whole, _ = train(script, total_timesteps=5 * 160, checkpoint_every=2)
+    log = script.Run.log
+
+    def log_and_crash(run, metrics, global_step):
+        log(run, metrics, global_step)
+        if global_step >= half["global_step"] + 1:
+            run.writer.flush()
+            raise Crash
+
+    half = state(train(script, total_timesteps=2 * 160)[0])
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(script.Run, "log", log_and_crash)
+        train(script, total_timesteps=5 * 160, checkpoint_every=2, exp_name="crashed")
+    (crashed,) = whole.parent.glob("*__crashed__*")
+    assert same(state(crashed), half)
+    train(script, resume=crashed, total_timesteps=5 * 160)
+    assert same(state(crashed), state(whole)) and scalars(crashed) == scalars(whole)
+
+
+def test_a_checkpoint_is_never_half_written(script, train, monkeypatch):
+    folder, _ = train(script)
+    before, size = state(folder), (folder / "checkpoint.pt").stat().st_size
+    save = torch.save
+
+    def half_a_save(content, path):
+        save(content, path)
+        os.truncate(path, size // 2)
+        raise Crash
+
+    monkeypatch.setattr(torch, "save", half_a_save)
+    with pytest.raises(Crash):
+        train(script, resume=folder, total_timesteps=LONG, checkpoint_every=1)
+    assert same(state(folder), before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_signals(script, train, tmp_path, number):
+    """SIGTERM ends the iteration and saves; after SIGKILL the last checkpoint is good. Both runs can go on."""
+    argv = tiny(script, total_timesteps=LONG, checkpoint_every=3, exp_name="stopped")
+    command = [sys.executable, script.__file__, *argv]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
+    while not (found := list(tmp_path.glob("runs/*__stopped__*/checkpoint.pt"))):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    folder = found[0].parent
+    stopped = state(folder)
+    if number == signal.SIGTERM:
+        assert process.returncode == 0
+        assert f"stopped; --resume {folder.relative_to(tmp_path)} goes on from here" in output
+        last = max(max(values) for values in scalars(folder).values())
+        assert stopped["global_step"] == last  # nothing that was done is lost
+    else:
+        assert process.returncode == -signal.SIGKILL and "--resume" not in output
+    total = stopped["global_step"] + 160
+    train(script, resume=folder, total_timesteps=total)
+    whole, _ = train(script, total_timesteps=total)
+    assert same(state(folder), state(whole)) and scalars(folder).keys() == scalars(whole).keys()
+
+
+def test_a_second_signal_aborts(script, train, monkeypatch):
+    log = script.Run.log
+
+    def log_and_interrupt(run, *args):
+        log(run, *args)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(script.Run, "log", log_and_interrupt)
+    folder, _ = train(script, total_timesteps=LONG)  # one signal: returns after one iteration
+    assert state(folder)["iteration"] == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_evaluate(script, train, capsys):
+    folder, metrics = train(script, env_id="SparsePointRobot-v0")
+    files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    capsys.readouterr()
+    _, again = train(script, evaluate=folder)
+    table = capsys.readouterr().out
+    assert again == {tag: value for tag, value in metrics.items() if tag.startswith("eval/")} != {}
+    assert f"return on {TINY['num_test_tasks']} held-out tasks, mean and 95% interval" in table
+    for tag, value in again.items():
+        assert f"after {tag.split('_')[-2]:>4} episodes {value:10.3f} ± " in table
+    _, more = train(script, evaluate=folder, num_test_tasks=3, num_eval_steps=0)
+    assert more.keys() < again.keys() and "on 3 held-out tasks" in capsys.readouterr().out
+    assert files == {path: path.stat().st_mtime_ns for path in folder.iterdir()}  # it writes nothing
+    assert len(list(folder.parent.iterdir())) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- ranks
+
+
+@pytest.fixture
+def double_precision():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+RANK = """
+import json, sys, torch
+torch.set_default_dtype(torch.float64)
+import {name} as script
+metrics = script.main(script.parse(script.Args))
+print("metrics", script.ranks()[0], json.dumps(metrics))
+"""
+
+
+@pytest.mark.parametrize("name", EQUAL_RANKS)
+def test_two_ranks_equal_one_process(name, train, tmp_path, double_precision):
+    """On episodes that end early, each at its own step, so that the ranks' batches differ in length."""
+    script = pytest.importorskip(name)
+    flags = {"env_id": "user_tasks:Matrix-v0", "total_timesteps": 1, "eval_every": 1}
+    flags["total_timesteps"] = 2 * state(train(script, **flags)[0])["global_step"] + 1  # about three iterations
+    one, metrics = train(script, **flags)
+    assert state(one)["iteration"] >= 3
+    (tmp_path / "rank.py").write_text(RANK.format(name=name))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "rank.py"]
+    command = launcher + tiny(script, exp_name="ranks", **flags)
+    result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    (two,) = (tmp_path / "runs").glob("*__ranks__*")  # one folder, rank 0's
+    assert same(state(two), state(one), tolerance=1e-8)
+    assert any(x.dtype == torch.float64 for x in state(one)["meta"].values())
+    logged, expected = scalars(two), scalars(one)
+    assert same(logged, expected, tolerance=1e-6)  # TensorBoard keeps single precision
+    lines = [line for line in result.stdout.splitlines() if line.startswith("metrics")]
+    assert len(lines) == 2
+    for line in lines:
+        of_rank = {**eval(line.split(" ", 2)[2]), "charts/SPS": 0}
+        assert same(of_rank, metrics | {"charts/SPS": 0}, tolerance=1e-8)
+
+
+def test_ranks_that_do_not_divide_the_meta_batch(script, train, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit, match=r"^error: --meta-batch-size 4: not divisible by the 3 ranks$"):
+        train(script)
+    assert not (tmp_path / "runs").exists()

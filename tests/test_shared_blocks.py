@@ -1,0 +1,188 @@
+"""The blocks that several scripts share are the same bytes in each, and nothing else is defined twice.
+
+python tests/test_shared_blocks.py --sync maml_trpo.py    copies its blocks to the other scripts that have them
+"""
+
+import ast
+import difflib
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MANIFEST = {
+    "tasks": ["maml_trpo.py"],
+    "run": ["maml_trpo.py"],
+    "policy_grad": ["maml_trpo.py"],
+    "trpo": ["maml_trpo.py"],
+}
+EACH_ITS_OWN = {"Args", "Policy", "collect", "evaluate", "main"}
+THIRD_PARTY = {"torch", "numpy", "gymnasium", "tyro", "tqdm", "mujoco", "tensorboard"}
+MAX_LINES = 850
+
+
+def read(root=ROOT):
+    """The scripts by file name."""
+    return {path.name: path.read_bytes().decode() for path in sorted(root.glob("*.py"))}
+
+
+def blocks(source):
+    """The blocks by name, fences included."""
+    found = re.finditer(r"^# >>> shared: (\w+)\n.*?^# <<< shared: \1\n", source, re.MULTILINE | re.DOTALL)
+    return {match[1]: match[0] for match in found}
+
+
+def fence_faults(source):
+    """All fences of a script if they are not those of its blocks, one after the other and each name once."""
+    fences = re.findall(r"^[ \t]*#[ \t]*[<>].*shared.*$", source, re.MULTILINE)
+    return (
+        [] if fences == [f"# {arrow} shared: {name}" for name in blocks(source) for arrow in (">>>", "<<<")] else fences
+    )
+
+
+def differences(sources):
+    """Unified diffs between the first script that has a block and the others."""
+    diffs, first = [], {}
+    for file, source in sources.items():
+        for name, block in blocks(source).items():
+            other = first.setdefault(name, file)
+            a, b = blocks(sources[other])[name].splitlines(True), block.splitlines(True)
+            diffs.append("".join(difflib.unified_diff(a, b, f"{other}: {name}", f"{file}: {name}")))
+    return [diff for diff in diffs if diff]
+
+
+def top_level_names(source):
+    names = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            names |= {
+                part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+            }
+    return names
+
+
+def defined_twice(sources):
+    """Names that two scripts define outside of the shared blocks, or one of them and a shared block."""
+    own, shared = Counter(), set()
+    for source in sources.values():
+        for block in blocks(source).values():
+            shared |= top_level_names(block)
+            source = source.replace(block, "")
+        own.update(top_level_names(source))
+    return {name for name, n in own.items() if (n > 1 and name not in EACH_ITS_OWN) or name in shared}
+
+
+def foreign_imports(source):
+    modules = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add("." if node.level else node.module.split(".")[0])
+    return modules - THIRD_PARTY - sys.stdlib_module_names
+
+
+def sync(source_path, paths):
+    """Copy the blocks of one file into those of the others; returns "file: block" for each that changed."""
+    changed = []
+    source_blocks = blocks(source_path.read_bytes().decode())
+    for path in paths:
+        text = path.read_bytes().decode()
+        for name, old in blocks(text).items():
+            if source_blocks.get(name, old) != old:
+                text = text.replace(old, source_blocks[name])
+                changed.append(f"{path.name}: {name}")
+        if text.encode() != path.read_bytes():
+            path.write_bytes(text.encode())
+    return changed
+
+
+# ---------------------------------------------------------------------------------------------------------- the scripts
+
+
+@pytest.mark.parametrize("file", read())
+def test_a_script_by_itself(file):
+    source = read()[file]
+    assert not fence_faults(source)
+    assert not foreign_imports(source), "a script imports the standard library and the packages of requirements.txt"
+    assert source.count("\n") <= MAX_LINES
+    assert max(map(len, source.splitlines())) <= 120 and "\r" not in source
+
+
+def test_blocks_are_the_same_bytes_everywhere():
+    diffs = differences(read())
+    assert not diffs, "\n" + "\n".join(diffs)
+
+
+def test_manifest():
+    found = {}
+    for file, source in read().items():
+        for name in blocks(source):
+            found.setdefault(name, []).append(file)
+    assert found == {name: sorted(files) for name, files in MANIFEST.items()}
+
+
+def test_nothing_is_defined_twice():
+    assert not defined_twice(read())
+
+
+# ------------------------------------------------------------------------------------------- the tests above can fail
+
+GOOD = "import torch\n\n# >>> shared: a\n\n\ndef f():\n    return 1\n\n\n# <<< shared: a\n\n\ndef main():\n    pass\n"
+
+
+def test_a_good_pair_passes():
+    pair = {"one.py": GOOD, "two.py": GOOD}
+    assert blocks(GOOD)["a"] == "# >>> shared: a\n\n\ndef f():\n    return 1\n\n\n# <<< shared: a\n"
+    assert not fence_faults(GOOD) and not foreign_imports(GOOD) and not differences(pair) and not defined_twice(pair)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("# <<< shared: a\n", ""),
+        ("# >>> shared: a\n", ""),
+        ("# <<< shared: a\n", "# <<< shared: b\n"),
+        ("# <<< shared: a\n", "# <<<shared: a\n"),
+        ("    return 1\n", "    return 1\n# >>> shared: b\n# <<< shared: b\n"),
+        ("# >>> shared: a\n", "# >>> shared: b\n# <<< shared: b\n# >>> shared: a\n# >>> shared: c\n"),
+        ("def main", GOOD + "def main"),
+    ],
+)
+def test_broken_fences_are_found(old, new):
+    assert old in GOOD and fence_faults(GOOD.replace(old, new))
+
+
+def test_other_faults_are_found():
+    (diff,) = differences({"one.py": GOOD, "two.py": GOOD.replace("return 1", "return 2")})
+    assert "-    return 1\n+    return 2\n" in diff
+    for extra in ("def g():\n    pass\n", "class g:\n    pass\n", "g = 1\n", "g: int = 1\n"):
+        assert defined_twice({"one.py": GOOD + extra, "two.py": GOOD + "def g():\n    pass\n"}) == {"g"}
+        assert not defined_twice({"one.py": GOOD + extra, "two.py": GOOD + extra.replace("g", "h")})
+    assert defined_twice({"one.py": GOOD, "two.py": "def f():\n    pass\n"}) == {"f"}
+    assert foreign_imports("def f():\n    import scipy.stats\n") == {"scipy"}
+    assert foreign_imports("from . import x\nfrom utils import y\nimport os.path, numpy.linalg") == {".", "utils"}
+
+
+def test_sync(tmp_path):
+    two_blocks = GOOD + "# >>> shared: b\nx = 1\n# <<< shared: b\n"
+    files = {"one.py": GOOD.replace("return 1", r"return r'\1 \n'"), "two.py": two_blocks, "three.py": "y = 2\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    paths = sorted(tmp_path.glob("*.py"))
+    assert sync(tmp_path / "one.py", paths) == ["two.py: a"]
+    assert read(tmp_path) == files | {"two.py": two_blocks.replace("return 1", r"return r'\1 \n'")}
+    assert not differences(read(tmp_path)) and not sync(tmp_path / "one.py", paths)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] != "--sync" or not (ROOT / sys.argv[2]).is_file():
+        raise SystemExit(__doc__)
+    if faults := fence_faults((ROOT / sys.argv[2]).read_text()):
+        raise SystemExit(f"error: {sys.argv[2]}: {faults}")
+    print("\n".join(sync(ROOT / sys.argv[2], sorted(ROOT.glob("*.py")))) or "nothing to change")

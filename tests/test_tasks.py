@@ -1,0 +1,362 @@
+"""The shared block `tasks`: families against their formulas and known returns, user environments, rollouts."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import load
+from user_tasks import Ragged
+
+from maml_trpo import POINT_FAMILIES, episode_scores, make_envs, require_sparse_reward, rollout
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def forget(monkeypatch):
+    monkeypatch.setattr(Ragged, "made", [])
+
+
+def play(envs, tasks, act):
+    """One episode; act: (obs, t) -> actions. Yields what each step returned, after the observation before it."""
+    obs, _ = envs.reset(seed=99, options={"task": tasks})  # not the seed of the tasks: starts would equal goals
+    for t in range(envs.horizon):
+        before = obs.copy()
+        obs, reward, terminated, _, info = envs.step(act(before, t))
+        yield before, obs.copy(), reward, terminated.copy(), info
+
+
+def make(env_id, n, seed=0, **settings):
+    envs = make_envs(env_id, n, 1, **settings)
+    return envs, envs.sample_tasks(n, np.random.default_rng(seed))
+
+
+# --------------------------------------------------------------------------------------------------- the point families
+
+
+@pytest.mark.parametrize("env_id", POINT_FAMILIES)
+def test_rewards_and_moves_follow_the_formulas(env_id):
+    envs, tasks = make(env_id, 50)
+    rng, given, ended, hits = np.random.default_rng(1), [], np.zeros(50, bool), 0
+
+    def act(obs, t):  # both ways leave [-1, 1]: 1 is the most, and pushes by 0.1
+        given.append(rng.normal(scale=2, size=(50, 2)) if t < 4 else to_goal(obs[:, :2], tasks))
+        return given[-1]
+
+    for before, obs, reward, terminated, info in play(envs, tasks, act):
+        distance = np.sqrt((obs[:, 0] - tasks[:, 0]) ** 2 + (obs[:, 1] - tasks[:, 1]) ** 2)
+        push = 0.1 * np.clip(given[-1], -1, 1)
+        if env_id.startswith("Multimodal"):
+            velocity = before[:, 2:] + push
+            expected = np.hstack([before[:, :2] + velocity, velocity])
+        else:
+            expected = np.where(ended[:, None], before, before + push)
+        np.testing.assert_allclose(obs, expected, atol=1e-12)
+        np.testing.assert_allclose(reward, np.where(ended, 0, -distance), atol=1e-12)
+        if env_id == "Navigation2D-v0":
+            ended |= (abs(obs[:, 0] - tasks[:, 0]) < 0.01) & (abs(obs[:, 1] - tasks[:, 1]) < 0.01)
+        assert (terminated == ended).all()
+        if env_id == "SparsePointRobot-v0":
+            np.testing.assert_allclose(info["sparse_reward"], (distance <= 0.2) * (1 - distance), atol=1e-12)
+            assert (info["success"] == (distance <= 0.2)).all()
+            hits += info["success"].sum()
+        else:
+            assert not info
+    assert hits or env_id != "SparsePointRobot-v0"
+    assert ended.any() or env_id != "Navigation2D-v0"
+
+
+def still(obs, tasks):
+    return np.zeros((len(obs), 2))
+
+
+def to_goal(obs, tasks):
+    return (tasks[:, :2] - obs) / 0.1
+
+
+def to_centre(obs, tasks):
+    return -obs / 0.1
+
+
+def brake(obs, tasks):
+    return -obs[:, 2:] / 0.1
+
+
+@pytest.mark.parametrize(
+    "env_id, act, known, tolerance",  # tolerances: about three standard errors
+    [
+        ("Navigation2D-v0", still, -38.26, 0.7),
+        ("Navigation2D-v0", to_goal, -0.51, 0.02),
+        ("PointRobot-v0", to_goal, -5.2, 0.25),
+        ("PointRobot-v0", to_centre, -15.8, 0.3),
+        ("SparsePointRobot-v0", still, -20, 1e-9),
+        ("SparsePointRobot-v0", to_goal, -3.83, 0.03),
+        ("MultimodalNavigation2-v0", brake, -716, 5),
+        ("MultimodalNavigation4-v0", brake, -715, 5),
+        ("MultimodalNavigation6-v0", brake, -510, 5),
+    ],
+)
+def test_known_returns(env_id, act, known, tolerance):
+    envs, tasks = make(env_id, 4000)
+    steps = list(play(envs, tasks, lambda obs, t: act(obs, tasks)))
+    assert sum(step[2] for step in steps).mean() == pytest.approx(known, abs=tolerance)
+    if env_id == "SparsePointRobot-v0":
+        sparse = sum(step[4]["sparse_reward"] for step in steps).mean()
+        assert sparse == pytest.approx(13.36 if act is to_goal else 0, abs=0.04)
+    if env_id == "Navigation2D-v0":
+        assert steps[10][3].all() == (act is to_goal)  # 0.5 at 0.1 a step, and the last bit in one more
+
+
+@pytest.mark.parametrize("env_id, start", [("PointRobot-v0", 1), ("Navigation2D-v0", 0), ("SparsePointRobot-v0", 0)])
+def test_starts(env_id, start):
+    envs, tasks = make(env_id, 1000)
+    obs, _ = envs.reset(seed=0, options={"task": tasks})
+    assert abs(obs).max() == pytest.approx(start, abs=0.01)
+    assert obs.std(0) == pytest.approx(start / 3**0.5, abs=0.05)
+
+
+def test_multimodal_starts():
+    envs, tasks = make("MultimodalNavigation4-v0", 1000)
+    obs, _ = envs.reset(seed=0, options={"task": tasks})
+    assert abs(obs).max(0) == pytest.approx([0.2, 0.2, 0.1, 0.1], abs=0.01)
+    assert obs.std(0) == pytest.approx(np.array([0.2, 0.2, 0.1, 0.1]) / 3**0.5, abs=0.01)
+
+
+def test_goals():
+    for env_id, size in (("PointRobot-v0", 1), ("Navigation2D-v0", 0.5)):
+        goals = make(env_id, 2000)[1]
+        assert abs(goals).max() == pytest.approx(size, abs=0.01)
+        assert goals.std(0) == pytest.approx(size / 3**0.5, abs=0.05)
+    x, y = make("SparsePointRobot-v0", 2000)[1].T
+    np.testing.assert_allclose(np.hypot(x, y), 1)
+    angles = np.sort(np.arctan2(y, x))
+    assert angles == pytest.approx(np.linspace(0, np.pi, 2000), abs=0.1)  # uniform
+
+
+CORNERS = {2: [(5, 5), (-5, -5)], 4: [(5, 5), (-5, 5), (-5, -5), (5, -5)]}
+CORNERS[6] = [(5 * np.cos(k * np.pi / 3), 5 * np.sin(k * np.pi / 3)) for k in range(6)]
+
+
+@pytest.mark.parametrize("modes", [2, 4, 6])
+def test_modes(modes):
+    tasks = make(f"MultimodalNavigation{modes}-v0", 6000)[1]
+    for mode, centre in enumerate(CORNERS[modes]):
+        goals = tasks[tasks[:, 2] == mode, :2]
+        assert len(goals) == 6000 / modes
+        assert goals.mean(0) == pytest.approx(centre, abs=3 / len(goals) ** 0.5)
+        assert goals.std(0) == pytest.approx([1, 1], abs=3 / (2 * len(goals)) ** 0.5)
+    assert (np.diff(tasks[:, 2]) % modes == 1).all()  # dealt in turn
+    firsts = {make(f"MultimodalNavigation{modes}-v0", 1, seed)[1][0, 2] for seed in range(60)}
+    assert firsts == set(range(modes))  # but not always from the first mode on: a draw of one task is fair too
+
+
+def test_a_lane_that_has_ended_stays_put():
+    envs, tasks = make("Navigation2D-v0", 20)
+    ended, seen = np.zeros(20, bool), 0
+    for before, obs, reward, terminated, _ in play(
+        envs, tasks, lambda obs, t: to_goal(obs, tasks) if t < 8 else 1 + 0 * obs
+    ):
+        assert (obs[ended] == before[ended]).all() and (reward[ended] == 0).all() and terminated[ended].all()
+        ended, seen = terminated, seen + ended.sum()
+    assert seen > 500
+
+
+# ------------------------------------------------------------------------------------------------------------- rollouts
+
+
+def point_rollout(envs, tasks, horizon=30):
+    """Straight to the goal, from t = 3 on."""
+    goals = torch.as_tensor(tasks[:, :2], dtype=torch.get_default_dtype())
+    return rollout(envs, lambda obs, t: (goals - obs) / 0.1 * (t > 2), tasks, horizon, np.random.default_rng(2), CPU)
+
+
+def test_rollout_masks_what_follows_an_end():
+    envs, tasks = make("Navigation2D-v0", 20)
+    batch = point_rollout(envs, tasks)
+    length = batch["mask"].sum(1).int()
+    longest = length.max()
+    assert 3 < length.min() < longest < 10
+    assert {name: x.shape[:2] for name, x in batch.items()} == dict.fromkeys(batch, (20, longest))
+    assert batch.keys() == {"obs", "actions", "rewards", "mask"} and batch["obs"].shape == batch["actions"].shape
+    assert {x.dtype for x in batch.values()} == {torch.get_default_dtype()}
+    goals = torch.as_tensor(tasks, dtype=torch.get_default_dtype())
+    for lane, n in enumerate(length):
+        assert (batch["mask"][lane] == (torch.arange(longest) < n)).all()
+        assert all((x[lane, n:] == 0).all() for x in batch.values())
+        ends = torch.cat([batch["obs"][lane, 1:n], goals[lane : lane + 1]])  # the reward belongs to the next position
+        torch.testing.assert_close(batch["rewards"][lane, : n - 1], -(ends - goals[lane]).norm(dim=1)[:-1])
+
+
+def test_rollout_ignores_what_a_lane_reports_after_its_end(monkeypatch):
+    envs, tasks = make("Navigation2D-v0", 20)
+    step = envs.step
+
+    def careless(actions):
+        obs, reward, terminated, truncated, _ = step(actions)
+        return obs, np.ones_like(reward), terminated & (reward != 0), truncated, {"success": np.ones(20)}
+
+    monkeypatch.setattr(envs, "step", careless)
+    batch = point_rollout(envs, tasks)
+    assert 0 < batch["mask"].mean() < 1
+    assert torch.equal(batch["rewards"], batch["mask"]) and torch.equal(batch["success"], batch["mask"])
+
+
+def test_rollout_ends_at_the_horizon():
+    envs, tasks = make("SparsePointRobot-v0", 4)
+    batch = point_rollout(envs, tasks, horizon=15)
+    assert all(x.shape[:2] == (4, 15) for x in batch.values()) and (batch["mask"] == 1).all()
+    assert batch.keys() == {"obs", "actions", "rewards", "mask", "sparse_reward", "success"}
+    scores = episode_scores({name: x.unflatten(0, (2, 2)) for name, x in batch.items()})
+    torch.testing.assert_close(scores["return"], batch["rewards"].sum(1).view(2, 2).mean(1))
+    assert (scores["success"] == 1).all()
+
+
+@pytest.mark.parametrize("env_id", ["PointRobot-v0", "MultimodalNavigation6-v0", "user_tasks:Asymmetric-v0"])
+def test_a_slice_of_the_lanes_is_a_slice_of_the_whole(env_id):
+    part = slice(2, 6)
+    whole, tasks = make(env_id, 8)
+    some, same_tasks = make(env_id, 8, lanes=part)
+    assert (tasks == same_tasks).all() and some.num_envs == 4
+    torch.manual_seed(0)
+    actions = torch.randn(8, 12, 2)
+    all_of_it = rollout(whole, lambda obs, t: actions[:, t], tasks, 12, np.random.default_rng(3), CPU)
+    slice_of_it = rollout(some, lambda obs, t: actions[part, t], tasks[part], 12, np.random.default_rng(3), CPU)
+    assert all_of_it["obs"].std(0).any()  # lanes differ
+    for name, x in slice_of_it.items():
+        assert torch.equal(x, all_of_it[name][part, : x.shape[1]]), name
+
+
+def test_tasks_come_from_the_task_seed_alone(script, train, monkeypatch):
+    draws, envs_class = [], type(make_envs("PointRobot-v0", 1))
+    sample = script.PointEnvs.sample_tasks
+    monkeypatch.setattr(script.PointEnvs, "sample_tasks", lambda *args: draws.append(sample(*args)) or draws[-1])
+
+    def drawn(**flags):
+        draws.clear()
+        train(script, num_test_tasks=7, **flags)
+        return {len(tasks): tasks for tasks in draws}, len({tasks.tobytes() for tasks in draws})
+
+    def expected(n, *key):
+        return envs_class.sample_tasks(make_envs("PointRobot-v0", 1), n, np.random.default_rng([*key]))
+
+    for seed in (1, 2):
+        tasks, _ = drawn(task_seed=3, num_train_tasks=6, seed=seed)
+        assert (tasks[7] == expected(7, 3, 1)).all() and (tasks[6] == expected(6, 3, 0)).all()
+    assert not np.isin(tasks[7], tasks[6]).any()
+    assert (drawn(task_seed=4, num_train_tasks=6)[0][6] != tasks[6]).all()
+
+
+# ---------------------------------------------------------------------------------------------------- user environments
+
+
+def user_rollout(env_id, n=6, value=0.0):
+    """(envs, tasks, batch), the same number in every entry of every action."""
+    envs, tasks = make(env_id, n)
+    discrete = isinstance(envs.single_action_space, gym.spaces.Discrete)
+    shape = (n,) if discrete else (n, *envs.single_action_space.shape)
+    return envs, tasks, rollout(envs, lambda obs, t: torch.full(shape, value), tasks, 12, np.random.default_rng(2), CPU)
+
+
+def test_user_episodes_end_each_at_its_own_step():
+    envs, tasks, batch = user_rollout("user_tasks:Asymmetric-v0")
+    assert len(set(tasks[:, 0])) > 2  # lengths
+    assert batch["mask"].sum(1).tolist() == tasks[:, 0].tolist()
+    for lane, env in enumerate(envs.envs):
+        n = int(tasks[lane, 0])
+        assert len(env.unwrapped.given) == n  # the environment itself refuses to be stepped on
+        assert all((x[lane, n:] == 0).all() for x in batch.values())
+        steps = torch.arange(batch["mask"].shape[1])
+        torch.testing.assert_close(batch["obs"][lane, :n, 2], steps[:n] / 10)
+        # both are reported at some steps only
+        assert batch["success"][lane].tolist() == (steps == n - 1).tolist()
+        assert batch["sparse_reward"][lane].tolist() == ((steps % 2 == 0) & (steps < n)).tolist()
+    obs, reward, terminated, truncated, _ = envs.step(np.zeros((6, 2)))  # all have ended
+    assert terminated.all() and not truncated.any() and (reward == 0).all()
+    assert obs[:, 2].tolist() == pytest.approx((tasks[:, 0] / 10).tolist())
+
+
+def test_a_time_limit_ends_an_episode_too():
+    envs, tasks, batch = user_rollout("user_tasks:Truncated-v0")
+    assert envs.horizon == 4 and batch["mask"].sum(1).tolist() == np.minimum(tasks[:, 0], 4).tolist()
+    assert [len(env.unwrapped.given) for env in envs.envs] == np.minimum(tasks[:, 0], 4).tolist()
+    assert min(tasks[:, 0]) < 4 < max(tasks[:, 0])
+
+
+@pytest.mark.parametrize("value, native", [(-1, [-2, 0]), (0, [-0.5, 2.5]), (1, [1, 5]), (-7, [-2, 0]), (3, [1, 5])])
+def test_asymmetric_bounds(value, native):
+    envs, tasks, batch = user_rollout("user_tasks:Asymmetric-v0", value=value)
+    given = envs.envs[0].unwrapped.given[0]
+    assert given.tolist() == native and given.dtype == np.float32
+    torch.testing.assert_close(batch["rewards"][0, 0].item(), -np.abs(native - tasks[0, 1]).mean())
+    assert (envs.single_action_space.low == -1).all() and (envs.single_action_space.high == 1).all()
+
+
+def test_action_spaces():
+    envs, _, _ = user_rollout("user_tasks:Matrix-v0", value=0.5)
+    assert envs.single_action_space.shape == (4,)
+    assert envs.envs[0].unwrapped.given[0].tolist() == [[2, 2], [2, 2]]  # the box is [-1, 3]
+    envs, _ = make("user_tasks:Matrix-v0", 2)
+    envs.reset(seed=0, options={"task": np.array([[5, 0], [5, 0]])})
+    envs.step(np.array([[-1, 0, 1, 0.5], [1, 0, -1, 0.5]]))
+    assert [env.unwrapped.given[0].tolist() for env in envs.envs] == [[[-1, 1], [3, 2]], [[3, 1], [-1, 2]]]
+    envs, _, _ = user_rollout("user_tasks:Unbounded-v0", value=0.5)
+    assert envs.envs[0].unwrapped.given[0].tolist() == [0.5, 0.5]  # nothing to map to
+    for index in (0, 2):
+        envs, _, batch = user_rollout("user_tasks:Discrete-v0", value=index)
+        assert envs.single_action_space.n == 3 and batch["actions"].shape == batch["mask"].shape
+        assert set(envs.envs[0].unwrapped.given) == {3 + index}
+    with pytest.raises(SystemExit, match="error: user_tasks:Binary-v0 has MultiBinary actions"):
+        make_envs("user_tasks:Binary-v0", 1)
+
+
+def test_dict_observations_are_flattened():
+    envs, _, batch = user_rollout("user_tasks:Dict-v0")
+    assert envs.single_observation_space.shape == (3,)
+    env = envs.envs[0].unwrapped
+    parts = {"place": env.place, "clock": np.zeros(1)}
+    np.testing.assert_allclose(batch["obs"][0, 0], gym.spaces.flatten(env.observation_space, parts), rtol=1e-6)
+
+
+def test_user_environments_are_seeded():
+    (one, tasks), (two, same_tasks), (_, others) = (make("user_tasks:Asymmetric-v0", 6, seed) for seed in (0, 0, 1))
+    assert (tasks == same_tasks).all() and (tasks != others)[:, 1].all()
+    starts = [envs.reset(seed=seed, options={"task": tasks})[0] for envs, seed in ((one, 5), (two, 5), (one, 6))]
+    assert (starts[0] == starts[1]).all() and (starts[0] != starts[2])[:, :2].all()
+    assert len(np.unique(starts[0][:, 0])) == 6  # every lane has a seed of its own
+    assert None not in [seed for env in Ragged.made for seed in env.seeds]
+
+
+def test_a_module_in_the_current_folder(tmp_path, monkeypatch, train, script):
+    (tmp_path / "my_family.py").write_text(
+        "import gymnasium, user_tasks\ngymnasium.register('Mine-v0', user_tasks.Ragged, max_episode_steps=5)\n"
+    )
+    folder, metrics = train(script, env_id="my_family:Mine-v0", horizon=0)
+    assert metrics["charts/episodic_length"] <= 5 and "eval/success_after_0_episodes" in metrics
+    assert ":" not in folder.name
+
+
+def test_without_a_time_limit_the_horizon_must_be_given(script, train, tmp_path):
+    with pytest.raises(SystemExit, match=r"^error: user_tasks:Endless-v0 has no time limit .*--horizon$"):
+        train(script, env_id="user_tasks:Endless-v0", horizon=0)
+    assert not (tmp_path / "runs").exists()
+    train(script, env_id="user_tasks:Endless-v0", horizon=5)
+
+
+@pytest.mark.parametrize("env_id", ["SparsePointRobot-v0", "user_tasks:Asymmetric-v0"])
+def test_sparse_rewards_where_there_are_any(script, train, env_id):
+    require_sparse_reward(*make(env_id, 1))
+    train(script, env_id=env_id, train_reward="sparse", test_reward="sparse")
+
+
+@pytest.mark.parametrize("what", ["reward", "observation"])
+def test_a_value_that_is_not_finite_stops_the_run(script, train, monkeypatch, what):
+    folder, _ = train(script, env_id="user_tasks:Asymmetric-v0", total_timesteps=1)
+    saved = load(folder)
+    monkeypatch.setattr(Ragged, "made", [])  # numbers the lanes from 0 again
+    monkeypatch.setattr(Ragged, "fault", (3, 1, what))
+    with pytest.raises(SystemExit, match="not finite in lane 3, step 1") as error:
+        train(script, resume=folder, total_timesteps=10**9)
+    assert str(error.value).startswith("error: user_tasks:Asymmetric-v0") and "\n" not in str(error.value)
+    assert load(folder)["global_step"] == saved["global_step"]
+    monkeypatch.setattr(Ragged, "fault", ())
+    train(script, resume=folder, total_timesteps=saved["global_step"] + 1)
