@@ -186,7 +186,7 @@ def update(monkeypatch):
         seen = SimpleNamespace()
 
         def conjugate_gradient(product, b, iters):
-            seen.product, seen.gradient = product, b
+            seen.product, seen.gradient, seen.iters = product, b, iters
             return solve(product, b, iters)
 
         def line_search(vector, step, loss_and_kl, old, max_kl):
@@ -321,6 +321,16 @@ def test_conjugate_gradient():
     assert error(image, a @ x) < 1e-10  # also far from the solution
     assert error(a @ x, b) > 1e-3
     assert torch.equal(module.conjugate_gradient(product, torch.zeros(12), 3)[0], torch.zeros(12))
+
+
+def test_step_is_the_natural_gradient(update):
+    """With iterations enough, H times the step is a multiple of the gradient; the iterations are those asked for."""
+    problem = make_problem()
+    assert update(problem, cg_iters=7).iters == 7
+    seen = update(problem, cg_iters=200, cg_damping=0.01)
+    cosine = torch.cosine_similarity(seen.product(seen.step), seen.gradient, dim=0).item()
+    assert cosine == pytest.approx(1, abs=1e-7)
+    assert torch.cosine_similarity(seen.step, seen.gradient, dim=0) < 0.99
 
 
 @pytest.mark.parametrize("discrete", [False, True])

@@ -1,15 +1,18 @@
 """The shared block `tasks`: families against their formulas and known returns, user environments, rollouts."""
 
+import importlib
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import load
+from conftest import TINY, load
 from user_tasks import Ragged
 
 from maml_trpo import POINT_FAMILIES, episode_scores, make_envs, require_sparse_reward, rollout
 
 CPU = torch.device("cpu")
+FRESH = ["maml_trpo"]  # the scripts that can draw new tasks in every iteration
 
 
 @pytest.fixture(autouse=True)
@@ -226,24 +229,39 @@ def test_a_slice_of_the_lanes_is_a_slice_of_the_whole(env_id):
         assert torch.equal(x, all_of_it[name][part, : x.shape[1]]), name
 
 
+def record_tasks(script, monkeypatch):
+    """A set that receives every task which a lane is reset to."""
+    met, reset = set(), script.PointEnvs.reset
+
+    def recorded(envs, *, seed=None, options=None):
+        met.update(map(tuple, options["task"]))
+        return reset(envs, seed=seed, options=options)
+
+    monkeypatch.setattr(script.PointEnvs, "reset", recorded)
+    return met
+
+
 def test_tasks_come_from_the_task_seed_alone(script, train, monkeypatch):
-    draws, envs_class = [], type(make_envs("PointRobot-v0", 1))
-    sample = script.PointEnvs.sample_tasks
-    monkeypatch.setattr(script.PointEnvs, "sample_tasks", lambda *args: draws.append(sample(*args)) or draws[-1])
+    met, envs = record_tasks(script, monkeypatch), make_envs("PointRobot-v0", 1)
+    for task_seed, seed in ((3, 1), (3, 2), (4, 1)):
+        train_tasks, test_tasks = (
+            envs.sample_tasks(n, np.random.default_rng([task_seed, k])) for k, n in ((0, 6), (1, 7))
+        )
+        met.clear()
+        train(script, task_seed=task_seed, seed=seed, num_train_tasks=6, num_test_tasks=7, total_timesteps=6 * 160)
+        assert met == set(map(tuple, [*train_tasks, *test_tasks]))  # each of them, and no others
 
-    def drawn(**flags):
-        draws.clear()
-        train(script, num_test_tasks=7, **flags)
-        return {len(tasks): tasks for tasks in draws}, len({tasks.tobytes() for tasks in draws})
 
-    def expected(n, *key):
-        return envs_class.sample_tasks(make_envs("PointRobot-v0", 1), n, np.random.default_rng([*key]))
-
+@pytest.mark.parametrize("name", FRESH)
+def test_fresh_tasks_in_every_iteration(name, train, monkeypatch):
+    script = importlib.import_module(name)
+    met, runs = record_tasks(script, monkeypatch), []
     for seed in (1, 2):
-        tasks, _ = drawn(task_seed=3, num_train_tasks=6, seed=seed)
-        assert (tasks[7] == expected(7, 3, 1)).all() and (tasks[6] == expected(6, 3, 0)).all()
-    assert not np.isin(tasks[7], tasks[6]).any()
-    assert (drawn(task_seed=4, num_train_tasks=6)[0][6] != tasks[6]).all()
+        met.clear()
+        train(script, seed=seed, total_timesteps=3 * 160)
+        runs.append(met.copy())
+    assert runs[0] == runs[1]  # whatever the seed
+    assert len(runs[0]) == 3 * TINY["meta_batch_size"] + TINY["num_test_tasks"]
 
 
 # ---------------------------------------------------------------------------------------------------- user environments
@@ -278,6 +296,7 @@ def test_user_episodes_end_each_at_its_own_step():
 def test_a_time_limit_ends_an_episode_too():
     envs, tasks, batch = user_rollout("user_tasks:Truncated-v0")
     assert envs.horizon == 4 and batch["mask"].sum(1).tolist() == np.minimum(tasks[:, 0], 4).tolist()
+    envs.step(np.zeros((6, 2)))  # all have ended, and none of them is stepped
     assert [len(env.unwrapped.given) for env in envs.envs] == np.minimum(tasks[:, 0], 4).tolist()
     assert min(tasks[:, 0]) < 4 < max(tasks[:, 0])
 
@@ -355,7 +374,7 @@ def test_a_value_that_is_not_finite_stops_the_run(script, train, monkeypatch, wh
     monkeypatch.setattr(Ragged, "made", [])  # numbers the lanes from 0 again
     monkeypatch.setattr(Ragged, "fault", (3, 1, what))
     with pytest.raises(SystemExit, match="not finite in lane 3, step 1") as error:
-        train(script, resume=folder, total_timesteps=10**9)
+        train(script, resume=folder, total_timesteps=saved["global_step"] + 1)
     assert str(error.value).startswith("error: user_tasks:Asymmetric-v0") and "\n" not in str(error.value)
     assert load(folder)["global_step"] == saved["global_step"]
     monkeypatch.setattr(Ragged, "fault", ())
