@@ -26,6 +26,7 @@ product (its code: finite differences), two tanh layers of 64 units (ReLU of 100
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
 import os
@@ -312,7 +313,7 @@ def main(args: Args) -> dict[str, float]:
     eval_envs = make_envs(args.env_id, eval_lanes, args.num_threads, shard(eval_lanes)) if eval_lanes != lanes else envs
     horizon = args.horizon or envs.horizon or fail(f"{args.env_id} has no time limit of its own: give --horizon")
     num_test_tasks = args.num_test_tasks or (200 if args.env_id in POINT_FAMILIES else 40)
-    test_tasks = envs.sample_tasks(num_test_tasks, np.random.default_rng([args.task_seed, 1]))
+    test_tasks = envs.sample_test_tasks(num_test_tasks, np.random.default_rng([args.task_seed, 1]))
     if args.num_train_tasks:
         train_tasks = envs.sample_tasks(args.num_train_tasks, np.random.default_rng([args.task_seed, 0]))
 
@@ -422,6 +423,9 @@ class TaskEnvs(gym.vector.VectorEnv):
         self.observation_space = batch_space(observation_space, self.num_envs)
         self.action_space = batch_space(action_space, self.num_envs)
 
+    def sample_test_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        return self.sample_tasks(n, rng)
+
 
 class PointEnvs(TaskEnvs):
     """A point in the plane, paid minus the distance to a goal that it does not see. Formulas, sources: docs/tasks.md.
@@ -479,10 +483,119 @@ class PointEnvs(TaskEnvs):
         return np.hstack([self.position, self.velocity]) if self.momentum else self.position
 
 
+MUJOCO_FAMILIES = {  # model, frame skip, leading qpos that are not observed, noise of the start, control cost
+    "HalfCheetahDir-v0": ("half_cheetah", 5, 1, 0.1, 0.05),
+    "HalfCheetahVel-v0": ("half_cheetah", 5, 1, 0.1, 0.05),
+    "AntDir-v0": ("ant", 5, 2, 0.1, 0.5),
+    "AntGoal-v0": ("ant", 5, 0, 0.1, 0.1),
+    "SparseAntGoal-v0": ("ant", 5, 0, 0.1, 0.1),
+    "HumanoidDir-v0": ("humanoid", 5, 2, 0.01, 0.1),
+    "Walker2dRandParams-v0": ("walker2d", 4, 1, 0.005, 0.001),
+    "HopperRandParams-v0": ("hopper", 4, 1, 0.005, 0.001),
+}
+
+
+class MujocoEnvs(TaskEnvs):
+    """The MuJoCo families, on gymnasium's model files; all lanes step in one call of MuJoCo's own thread pool.
+
+    tasks: (n, 1) direction, velocity or angle; (n, 2) goal; or (n, F) factors on a model's dynamics. Formulas, sources
+    and where they differ from gymnasium's environments: docs/tasks.md.
+    """
+
+    def __init__(self, env_id: str, num_envs: int, lanes: slice, num_threads: int):
+        import mujoco.rollout
+
+        self.name, self.frame_skip, self.hidden, self.noise, self.control_cost = MUJOCO_FAMILIES[env_id]
+        self.model = mujoco.MjModel.from_xml_path(f"{Path(gym.__file__).parent}/envs/mujoco/assets/{self.name}.xml")
+        self.varies = {}  # the model's arrays that a task scales, and the base of its factors
+        if env_id.endswith("RandParams-v0"):
+            self.varies = {"body_mass": 1.5, "body_inertia": 1.5, "geom_friction": 1.5, "dof_damping": 1.3}
+            self.model.opt.timestep = 0.004  # the original's, with its frame skip of 4
+        obs_size = self.model.nq + self.model.nv - self.hidden
+        spaces = (gym.spaces.Box(-x, x, (n,), np.float64) for x, n in ((np.inf, obs_size), (1, self.model.nu)))
+        super().__init__(env_id, num_envs, lanes, 200, *spaces)
+        threads = num_threads or os.cpu_count()
+        self.pool, self.data = (
+            mujoco.rollout.Rollout(nthread=threads),
+            [mujoco.MjData(self.model) for _ in range(threads)],
+        )
+        self.models = [copy.copy(self.model) if self.varies else self.model for _ in range(self.num_envs)]
+
+    def sample_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        if self.env_id == "HalfCheetahDir-v0":
+            return np.resize([1.0, -1.0], (n, 1))  # dealt in turn
+        if self.env_id == "HalfCheetahVel-v0":
+            return rng.uniform(0, 3, (n, 1))
+        if self.env_id.endswith("Dir-v0"):
+            return rng.uniform(0, 2 * np.pi, (n, 1))
+        if self.varies:
+            bases = np.concatenate([np.full(getattr(self.model, name).size, b) for name, b in self.varies.items()])
+            return bases ** rng.uniform(-3, 3, (n, len(bases)))
+        half = self.env_id == "SparseAntGoal-v0"  # a half circle of radius 2; AntGoal: a disc of radius 3
+        angle, radius = rng.uniform(0, np.pi if half else 2 * np.pi, n), 2 if half else 3 * rng.uniform(size=n) ** 0.5
+        return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        rng, nq, nv = np.random.default_rng(seed), self.model.nq, self.model.nv
+        noise = rng.uniform(-self.noise, self.noise, (self.total_lanes, nq + nv))
+        if self.name in ("half_cheetah", "ant"):
+            noise[:, nq:] = self.noise * rng.normal(size=(self.total_lanes, nv))
+        start = np.concatenate([[0.0], self.model.qpos0, np.zeros(nv)])  # time, qpos, qvel
+        self.state = start + np.pad(noise, ((0, 0), (1, 0)))[self.lanes]
+        self.tasks, self.ended = options["task"], np.zeros(self.num_envs, bool)
+        for model, task in zip(self.models, self.tasks, strict=True) if self.varies else ():
+            for name in self.varies:
+                original = getattr(self.model, name)  # arrays of models are views: scale the original, into the copy
+                getattr(model, name)[:] = original * task[: original.size].reshape(original.shape)
+                task = task[original.size :]
+        return self._obs(), {}
+
+    def step(self, actions: np.ndarray):
+        alive, (low, high) = np.flatnonzero(~self.ended), self.model.actuator_ctrlrange.T
+        control, models = low + (np.clip(actions, -1, 1) + 1) / 2 * (high - low), [self.models[i] for i in alive]
+        states, _ = self.pool.rollout(models, self.data, self.state[alive], control[alive, None], nstep=self.frame_skip)
+        before, self.state[alive] = self.state[:, 1:3].copy(), states[:, -1]
+        velocity = (self.state[:, 1:3] - before) / (self.frame_skip * self.model.opt.timestep)
+        reward, healthy, info = self._judge(velocity)
+        reward = np.where(self.ended, 0, reward - self.control_cost * (control**2).sum(axis=1))
+        self.ended = self.ended | ~healthy
+        return self._obs(), reward, self.ended, np.zeros(self.num_envs, bool), info
+
+    def _judge(self, velocity: np.ndarray):
+        """Reward without the cost of control, whether the lane goes on, and info; velocity (B, 2) of the root."""
+        (x_velocity, y_velocity), qpos, task = velocity.T, self.state[:, 1:], self.tasks.T
+        healthy = np.ones(self.num_envs, bool)
+        if self.env_id == "HalfCheetahDir-v0":
+            return task[0] * x_velocity, healthy, {}
+        if self.env_id == "HalfCheetahVel-v0":
+            return -np.abs(x_velocity - task[0]), healthy, {}
+        if self.env_id.endswith("Goal-v0"):
+            offset = qpos[:, :2] - self.tasks
+            distance = np.linalg.norm(offset, axis=1)
+            hit = distance <= 0.8
+            info = {"sparse_reward": np.where(hit, 1 - distance / 0.8, 0), "success": hit}
+            return -np.abs(offset).sum(axis=1), healthy, info if self.env_id.startswith("Sparse") else {}
+        if self.env_id.endswith("RandParams-v0"):
+            z, pitch = qpos[:, 1], np.abs(qpos[:, 2])
+            walker = self.name == "walker2d"
+            healthy = (0.8 < z) & (z < 2) & (pitch < 1) if walker else (0.7 < z) & (pitch < 0.2)
+            return x_velocity + 1, healthy & (walker | (np.abs(qpos[:, 2:]) < 100).all(axis=1)), {}
+        gain, survival, low, high = (1, 1, 0.2, 1) if self.name == "ant" else (1.25, 5, 1, 2)
+        speed = x_velocity * np.cos(task[0]) + y_velocity * np.sin(task[0])
+        return gain * speed + survival, (low <= qpos[:, 2]) & (qpos[:, 2] <= high), {}
+
+    def _obs(self) -> np.ndarray:
+        obs = self.state[:, 1 + self.hidden :].copy()
+        if self.varies:
+            obs[:, -self.model.nv :] = obs[:, -self.model.nv :].clip(-10, 10)
+        return obs
+
+
 class UserEnvs(TaskEnvs):
     """A registered environment whose unwrapped env has sample_tasks(n) and set_task(task), lane by lane.
 
-    [-1, 1] is mapped to the bounds of its Box actions; info["sparse_reward"] and info["success"] are passed on.
+    Held-out tasks come from its sample_test_tasks(n) if it has one. [-1, 1] is mapped to the bounds of its Box actions;
+    info["sparse_reward"] and info["success"] are passed on.
     """
 
     def __init__(self, env_id: str, num_envs: int, lanes: slice):
@@ -490,7 +603,7 @@ class UserEnvs(TaskEnvs):
         try:
             envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)[lanes]]
         except (gym.error.Error, ImportError, ValueError) as error:
-            near = difflib.get_close_matches(env_id, [*POINT_FAMILIES, *gym.registry])
+            near = difflib.get_close_matches(env_id, [*POINT_FAMILIES, *MUJOCO_FAMILIES, *gym.registry])
             fail(f"no tasks {env_id}: {str(error).splitlines()[0]}" + f" Near: {', '.join(near)}." * bool(near))
         for method in ("sample_tasks", "set_task"):
             if not callable(getattr(envs[0].unwrapped, method, None)):
@@ -504,12 +617,16 @@ class UserEnvs(TaskEnvs):
         observation_space, horizon = self.envs[0].observation_space, envs[0].spec.max_episode_steps or 0
         super().__init__(env_id, num_envs, lanes, horizon, observation_space, action_space)
 
-    def sample_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
+    def sample_tasks(self, n: int, rng: np.random.Generator, method: str = "sample_tasks") -> np.ndarray:
         self.envs[0].reset(seed=int(rng.integers(2**31)))
-        tasks = np.asarray(self.envs[0].unwrapped.sample_tasks(n))
+        tasks = np.asarray(getattr(self.envs[0].unwrapped, method)(n))
         if len(tasks) != n or tasks.dtype.kind not in "biuf":
-            fail(f"{self.env_id}: sample_tasks({n}) must return {n} rows of numbers, not {tasks.dtype} {tasks.shape}")
+            fail(f"{self.env_id}: {method}({n}) must return {n} rows of numbers, not {tasks.dtype} {tasks.shape}")
         return tasks
+
+    def sample_test_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        own = hasattr(self.envs[0].unwrapped, "sample_test_tasks")
+        return self.sample_tasks(n, rng, "sample_test_tasks" if own else "sample_tasks")
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         seeds = np.random.default_rng(seed).integers(2**31, size=self.total_lanes)[self.lanes]
@@ -536,6 +653,8 @@ class UserEnvs(TaskEnvs):
 
 def make_envs(env_id: str, num_envs: int, num_threads: int = 0, lanes: slice = slice(None)) -> TaskEnvs:
     """num_envs lanes of a family of tasks, of which this process steps `lanes`; ends the program if there is none."""
+    if env_id in MUJOCO_FAMILIES:
+        return MujocoEnvs(env_id, num_envs, lanes, num_threads)
     return (PointEnvs if env_id in POINT_FAMILIES else UserEnvs)(env_id, num_envs, lanes)
 
 
