@@ -1,8 +1,10 @@
-"""Seconds per iteration, split into collecting and updating, and peak memory, of each script at its defaults.
+"""Speed: the MuJoCo families against gymnasium's vector environments and bare mj_step, and an iteration of each script.
 
-    python benchmarks/speed.py [--iterations 10] [further flags of the script]
+    python benchmarks/speed.py envs [--lanes 400] [--rounds 5]
+    python benchmarks/speed.py scripts [--iterations 10] [further flags of the scripts]
 
-Prints a Markdown table; the first iteration, which warms up, is not counted. docs/performance.md holds its output.
+Prints Markdown tables; docs/performance.md holds their output. Everything that is compared is measured in turns within
+one run, and the median is shown.
 """
 
 from __future__ import annotations
@@ -14,46 +16,120 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"maml_trpo.py": 80_000}  # environment steps of an iteration at most
+sys.path.insert(0, str(ROOT))
+
+ITERATION_STEPS = {"maml_trpo.py": 80_000}  # environment steps of an iteration at most
+V5 = {
+    "HalfCheetahVel-v0": "HalfCheetah-v5",
+    "AntDir-v0": "Ant-v5",
+    "HumanoidDir-v0": "Humanoid-v5",
+    "Walker2dRandParams-v0": "Walker2d-v5",
+    "HopperRandParams-v0": "Hopper-v5",
+}
 
 
-def child(script: str, flags: list[str]):
+def rate(step, actions) -> float:
+    """Environment steps per second of a function that takes the actions of all lanes; actions (steps, lanes, A)."""
+    start = time.perf_counter()
+    for action in actions:
+        step(action)
+    return actions.shape[0] * actions.shape[1] / (time.perf_counter() - start)
+
+
+def bare_rate(model, frame_skip: int, pool: ThreadPoolExecutor, states, actions) -> float:
+    """As rate, of mj_step alone: one MjData a core, from the same states; no observations, no rewards."""
+    import mujoco
+
+    cores, (steps, lanes, _) = os.cpu_count(), actions.shape
+
+    def run(core: int):
+        data = mujoco.MjData(model)
+        for lane in range(core, lanes, cores):
+            mujoco.mj_setState(model, data, states[lane], mujoco.mjtState.mjSTATE_FULLPHYSICS)
+            for action in actions[:, lane]:
+                data.ctrl = action
+                mujoco.mj_step(model, data, frame_skip)
+
+    start = time.perf_counter()
+    list(pool.map(run, range(cores)))
+    return steps * lanes / (time.perf_counter() - start)
+
+
+def envs_table(lanes: int, rounds: int, steps: int = 20):
+    import maml_trpo
+
+    pool, rng = ThreadPoolExecutor(os.cpu_count()), np.random.default_rng(0)
+    print(f"| family, {lanes} lanes | steps/s | SyncVectorEnv | AsyncVectorEnv | bare mj_step | / Sync | / bare |")
+    print("|-|-|-|-|-|-|-|", flush=True)
+    for family, v5 in V5.items():
+        envs = maml_trpo.make_envs(family, lanes)
+        tasks = envs.sample_tasks(lanes, rng)
+        vectors = {mode: gym.make_vec(v5, num_envs=40, vectorization_mode=mode) for mode in ("sync", "async")}
+        rates = {name: [] for name in ("ours", "sync", "async", "bare")}
+        for _ in range(rounds):
+            actions = rng.uniform(-0.3, 0.3, (steps, lanes, envs.model.nu))
+            envs.reset(seed=0, options={"task": tasks})
+            states = envs.state.copy()
+            rates["bare"].append(bare_rate(envs.model, envs.frame_skip, pool, states, actions))
+            rates["ours"].append(rate(envs.step, actions))
+            for mode, vector in vectors.items():
+                vector.reset(seed=0)
+                rates[mode].append(rate(vector.step, actions[:, :40]))
+        ours, sync, asynchronous, bare = (np.median(x) for x in rates.values())
+        row = f"{ours:,.0f} | {sync:,.0f} | {asynchronous:,.0f} | {bare:,.0f} | {ours / sync:.1f} | {ours / bare:.2f}"
+        print(f"| {family} | {row} |", flush=True)
+        for vector in vectors.values():
+            vector.close()
+
+
+def script_row(script: str, flags: list[str]):
     """In a process of its own: run the script, then print medians of its time/* tags, steps per second and memory."""
-    sys.path.insert(0, str(ROOT))
-    module = __import__(script.removesuffix(".py"))
-    import numpy as np
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    module = __import__(script.removesuffix(".py"))
     module.main(module.parse(module.Args, flags))
     (folder,) = Path("runs").iterdir()
     events = EventAccumulator(str(folder)).Reload()
+    # without the first iteration, which warms up
     collect, update = (np.array([e.value for e in events.Scalars(f"time/{x}")][1:]) for x in ("collect", "update"))
     steps = np.diff([e.step for e in events.Scalars("time/collect")])
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform != "darwin" else 1e9)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
     row = [np.median(collect), np.median(update), np.median(collect + update), np.median(steps / (collect + update))]
     print(f"| {script} | {row[0]:.2f} | {row[1]:.2f} | {row[2]:.2f} | {row[3]:,.0f} | {memory:.2f} |")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--iterations", type=int, default=10)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    args, flags = parser.parse_known_args()
-    if args.child:
-        return child(args.child, flags)
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
-    print(
-        "| script | collect, s | update, s | iteration, s | env steps/s | peak memory, GB |\n|-|-|-|-|-|-|", flush=True
-    )
-    for script, steps in SCRIPTS.items():
-        flags = ["--total-timesteps", str(args.iterations * steps), "--eval-every", "1000000", *flags]
-        command = [sys.executable, __file__, "--child", script, *flags]
+def scripts_table(iterations: int, flags: list[str]):
+    print("| script | collect, s | update, s | iteration, s | steps/s | peak memory, GB |\n|-|-|-|-|-|-|", flush=True)
+    for script, steps in ITERATION_STEPS.items():
+        given = ["--total-timesteps", str(iterations * steps), "--eval-every", "1000000", *flags]
+        command = [sys.executable, __file__, "row", script, *given]
         with tempfile.TemporaryDirectory() as folder:
             output = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
         print(output.splitlines()[-1], flush=True)
+
+
+def main():
+    if sys.argv[1:2] == ["row"]:
+        return script_row(sys.argv[2], sys.argv[3:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["envs", "scripts"])
+    parser.add_argument("--lanes", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--iterations", type=int, default=10)
+    args, flags = parser.parse_known_args()
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
+    if args.what == "envs":
+        envs_table(args.lanes, args.rounds)
+    else:
+        scripts_table(args.iterations, flags)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -46,18 +47,25 @@ def train(tmp_path, monkeypatch):
     """train(script, **flags) runs main in tmp_path and returns the run's folder and what main returned."""
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    names = iter(range(100))
+    names, writers = iter(range(100)), []
+
+    def keep(*args, **kwargs):
+        writers.append(SummaryWriter(*args, **kwargs))
+        return writers[-1]
 
     def run(script, **flags):
+        monkeypatch.setattr(script, "SummaryWriter", keep)
         if not {"resume", "evaluate"} & flags.keys():
-            flags.setdefault("exp_name", f"run{next(names)}")  # two runs in the same second need two folders
+            flags.setdefault("exp_name", f"run{next(names)}")  # tells the runs of a test apart
         metrics = script.main(script.parse(script.Args, tiny(script, **flags)))
         folder = flags.get("resume") or flags.get("evaluate") or next(Path("runs").glob(f"*__{flags['exp_name']}__*"))
         return Path(folder), metrics
 
     yield run
-    for number, handler in handlers.items():  # a run that ends in an error leaves its own behind
+    for number, handler in handlers.items():  # a run that ends in an error leaves its own behind, and an open writer
         signal.signal(number, handler)
+    for writer in writers:
+        writer.close()
 
 
 def load(folder):

@@ -144,11 +144,14 @@ def test_signals(script, train, tmp_path, number):
     argv = tiny(script, total_timesteps=LONG, checkpoint_every=3, exp_name="stopped")
     command = [sys.executable, script.__file__, *argv]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
-    while not (found := list(tmp_path.glob("runs/*__stopped__*/checkpoint.pt"))):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    try:
+        while not (found := list(tmp_path.glob("runs/*__stopped__*/checkpoint.pt"))):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     folder = found[0].parent
     stopped = state(folder)
     if number == signal.SIGTERM:

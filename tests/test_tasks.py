@@ -229,20 +229,20 @@ def test_a_slice_of_the_lanes_is_a_slice_of_the_whole(env_id):
         assert torch.equal(x, all_of_it[name][part, : x.shape[1]]), name
 
 
-def record_tasks(script, monkeypatch):
+def record_tasks(envs_class, monkeypatch):
     """A set that receives every task which a lane is reset to."""
-    met, reset = set(), script.PointEnvs.reset
+    met, reset = set(), envs_class.reset
 
     def recorded(envs, *, seed=None, options=None):
         met.update(map(tuple, options["task"]))
         return reset(envs, seed=seed, options=options)
 
-    monkeypatch.setattr(script.PointEnvs, "reset", recorded)
+    monkeypatch.setattr(envs_class, "reset", recorded)
     return met
 
 
 def test_tasks_come_from_the_task_seed_alone(script, train, monkeypatch):
-    met, envs = record_tasks(script, monkeypatch), make_envs("PointRobot-v0", 1)
+    met, envs = record_tasks(script.PointEnvs, monkeypatch), make_envs("PointRobot-v0", 1)
     for task_seed, seed in ((3, 1), (3, 2), (4, 1)):
         train_tasks, test_tasks = (
             envs.sample_tasks(n, np.random.default_rng([task_seed, k])) for k, n in ((0, 6), (1, 7))
@@ -255,7 +255,7 @@ def test_tasks_come_from_the_task_seed_alone(script, train, monkeypatch):
 @pytest.mark.parametrize("name", FRESH)
 def test_fresh_tasks_in_every_iteration(name, train, monkeypatch):
     script = importlib.import_module(name)
-    met, runs = record_tasks(script, monkeypatch), []
+    met, runs = record_tasks(script.PointEnvs, monkeypatch), []
     for seed in (1, 2):
         met.clear()
         train(script, seed=seed, total_timesteps=3 * 160)
@@ -343,6 +343,21 @@ def test_user_environments_are_seeded():
     assert (starts[0] == starts[1]).all() and (starts[0] != starts[2])[:, :2].all()
     assert len(np.unique(starts[0][:, 0])) == 6  # every lane has a seed of its own
     assert None not in [seed for env in Ragged.made for seed in env.seeds]
+
+
+def test_held_out_tasks_of_its_own(script, train, monkeypatch):
+    met = record_tasks(script.UserEnvs, monkeypatch)
+    for env_id, held_out in (("user_tasks:Split-v0", TINY["num_test_tasks"]), ("user_tasks:Asymmetric-v0", 0)):
+        met.clear()
+        train(script, env_id=env_id, num_train_tasks=6)
+        assert sum(target > 90 for _, target in met) == held_out and len(met) == 6 + TINY["num_test_tasks"]
+
+
+@pytest.mark.parametrize("tasks", [np.zeros((3, 2)), np.full((5, 2), "a"), [{"goal": 1}] * 5, []])
+def test_tasks_must_be_rows_of_numbers(monkeypatch, tasks):
+    monkeypatch.setattr(Ragged, "sample_tasks", lambda env, n: tasks)
+    with pytest.raises(SystemExit, match=r"^error: user_tasks:Asymmetric-v0: .*must return 5 rows of numbers"):
+        make("user_tasks:Asymmetric-v0", 5)
 
 
 def test_a_module_in_the_current_folder(tmp_path, monkeypatch, train, script):

@@ -64,8 +64,16 @@ class Ragged(gym.Env):
         return np.concatenate([place, clock]) if flat else {"place": place, "clock": clock}
 
 
+class Split(Ragged):
+    """Has held-out tasks of its own: their targets are above 100."""
+
+    def sample_test_tasks(self, n):
+        return self.sample_tasks(n) + np.array([0, 100])
+
+
 for actions in ACTIONS:
     gym.register(f"{actions.capitalize()}-v0", Ragged, max_episode_steps=12, kwargs={"actions": actions})
 gym.register("Dict-v0", Ragged, max_episode_steps=12, kwargs={"observations": "dict"})
 gym.register("Endless-v0", Ragged)
 gym.register("Truncated-v0", Ragged, max_episode_steps=4)
+gym.register("Split-v0", Split, max_episode_steps=12)
