@@ -35,6 +35,7 @@ import signal
 import sys
 import time
 import zlib
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -295,13 +296,15 @@ def evaluate(meta, tasks, collect, adapt, group, num_steps, inner_lr, lr_decay, 
             if k < num_steps:
                 scaled_lr = {name: x * (lr_decay if k else 1) for name, x in lr.items()}
                 params = vmap(partial(adapt, lr=scaled_lr))(params, batch)
+    if all_reduce(scores["return"].new_tensor(float("success" in scores))) > 0:  # some rank has met it
+        scores.setdefault("success", torch.zeros_like(scores["return"]))
     return {name: all_reduce(score)[:, : len(tasks)].cpu().numpy() for name, score in scores.items()}
 
 
 def main(args: Args) -> dict[str, float]:
     """Train, resume or only evaluate; returns the last value of every eval/* and charts/* tag."""
     device = setup(args)
-    checkpoint = load_checkpoint(args.resume or args.evaluate, Args.exp_name) if args.resume or args.evaluate else {}
+    checkpoint = load_checkpoint(args.resume or args.evaluate, Args) if args.resume or args.evaluate else {}
     iteration, global_step = checkpoint.get("iteration", 0), checkpoint.get("global_step", 0)
     if args.resume and global_step >= args.total_timesteps:
         fail(f"{args.resume} is complete: give more --total-timesteps, or --evaluate it")
@@ -325,7 +328,7 @@ def main(args: Args) -> dict[str, float]:
     meta = {name: p.detach() for name, p in policy.named_parameters()}
     if args.learn_inner_lr:
         meta |= {f"log_lr.{name}": torch.full_like(p, math.log(args.inner_lr)) for name, p in meta.items()}
-    meta = {name: p.to(device) for name, p in checkpoint.get("meta", meta).items()}
+    meta = {name: p.to(device) for name, p in (checkpoint["meta"] if checkpoint else meta).items()}
 
     # the functions above with this run's settings
     sampling = {"policy": policy, "horizon": horizon, "gamma": args.gamma, "gae_lambda": args.gae_lambda}
@@ -337,61 +340,58 @@ def main(args: Args) -> dict[str, float]:
         evaluate, tasks=test_tasks, collect=collect_test, adapt=adapt, group=n, num_steps=args.num_eval_steps,
         inner_lr=args.inner_lr, lr_decay=args.eval_lr_decay, seed=args.seed, deterministic=args.deterministic_eval,
     )  # fmt: skip
+    trust_region = {"max_kl": args.max_kl, "cg_iters": args.cg_iters, "cg_damping": args.cg_damping}
     if args.evaluate:
         return report(meta_test(meta), num_eval_episodes, show=True)
 
-    run = Run(args, global_step)
-    while global_step < args.total_timesteps and not run.stopping():
-        iteration, start = iteration + 1, time.perf_counter()
+    with closing(Run(args, global_step)) as run:
+        while global_step < args.total_timesteps and not run.stopping():
+            iteration, start = iteration + 1, time.perf_counter()
 
-        # (1) tasks; each rank takes its share
-        if args.num_train_tasks:
-            order = keyed_rng(args.seed, "tasks", iteration).permutation(args.num_train_tasks)
-            tasks = train_tasks[np.resize(order, n)]
-        else:
-            tasks = envs.sample_tasks(n, np.random.default_rng([args.task_seed, 0, iteration]))
-        tasks = tasks[shard(n)]
+            # (1) tasks; each rank takes its share
+            if args.num_train_tasks:
+                order = keyed_rng(args.seed, "tasks", iteration).permutation(args.num_train_tasks)
+                tasks = train_tasks[np.resize(order, n)]
+            else:
+                tasks = envs.sample_tasks(n, np.random.default_rng([args.task_seed, 0, iteration]))
+            tasks = tasks[shard(n)]
 
-        # (2)-(5) collect and adapt, and collect with the adapted policies
-        theta, lr = split(meta, args.inner_lr)
-        params, batches = {name: p.expand(len(tasks), *p.shape) for name, p in theta.items()}, []
-        for k in range(args.num_inner_steps + 1):
-            rng = keyed_rng(args.seed, "train", iteration, k)
-            batches.append(collect_train(params, tasks, rng))
-            if k < args.num_inner_steps:
-                params = vmap(partial(adapt, lr=lr))(params, batches[k])
-        collected = time.perf_counter()
+            # (2)-(5) collect and adapt, and collect with the adapted policies
+            theta, lr = split(meta, args.inner_lr)
+            params, batches = {name: p.expand(len(tasks), *p.shape) for name, p in theta.items()}, []
+            for k in range(args.num_inner_steps + 1):
+                batches.append(collect_train(params, tasks, keyed_rng(args.seed, "train", iteration, k)))
+                if k < args.num_inner_steps:
+                    params = vmap(partial(adapt, lr=lr))(params, batches[k])
+            collected = time.perf_counter()
 
-        # (6)-(8) meta-update
-        *inner_batches, outer_batch = batches
-        dist_of = partial(
-            adapted_distributions, like=meta, inner_batches=inner_batches, inner_lr=args.inner_lr, **inner
-        )
-        dist_of = partial(dist_of, obs=outer_batch["obs"])
-        trust_region = {"max_kl": args.max_kl, "cg_iters": args.cg_iters, "cg_damping": args.cg_damping}
-        vector, losses = meta_update(parameters_to_vector(meta.values()), dist_of, outer_batch, policy, **trust_region)
-        meta = unflatten(vector, meta)
-        updated = time.perf_counter()
+            # (6)-(8) meta-update
+            *inner_batches, outer_batch = batches
+            dist_of = partial(adapted_distributions, like=meta, inner_batches=inner_batches, obs=outer_batch["obs"])
+            dist_of = partial(dist_of, inner_lr=args.inner_lr, **inner)
+            vector = parameters_to_vector(meta.values())
+            vector, losses = meta_update(vector, dist_of, outer_batch, policy, **trust_region)
+            meta = unflatten(vector, meta)
+            updated = time.perf_counter()
 
-        # log, (9) meta-test, save
-        global_step += int(all_reduce(sum(batch["mask"].sum() for batch in batches)))
-        metrics = losses | {
-            "losses/entropy": task_mean(policy.distribution(outer_batch["dist"]).entropy()),
-            "charts/pre_adaptation_return": task_mean(episode_scores(batches[0])["return"]),
-            "charts/episodic_return": task_mean(episode_scores(outer_batch)["return"]),
-            "charts/episodic_length": task_mean(outer_batch["mask"].sum(-1)),
-            "time/collect": collected - start,
-            "time/update": updated - collected,
-        }
-        if iteration % args.eval_every == 0 or global_step >= args.total_timesteps:
-            scores = meta_test(meta)
-            metrics |= report(scores, num_eval_episodes) | {"time/eval": time.perf_counter() - updated}
-        run.log(metrics, global_step)
-        if iteration % args.checkpoint_every == 0:
-            run.save(meta=meta, iteration=iteration, global_step=global_step)
+            # log, (9) meta-test, save
+            global_step += int(all_reduce(sum(batch["mask"].sum() for batch in batches)))
+            metrics = losses | {
+                "losses/entropy": task_mean(policy.distribution(outer_batch["dist"]).entropy()),
+                "charts/pre_adaptation_return": task_mean(episode_scores(batches[0])["return"]),
+                "charts/episodic_return": task_mean(episode_scores(outer_batch)["return"]),
+                "charts/episodic_length": task_mean(outer_batch["mask"].sum(-1)),
+                "time/collect": collected - start,
+                "time/update": updated - collected,
+            }
+            if iteration % args.eval_every == 0 or global_step >= args.total_timesteps:
+                scores = meta_test(meta)
+                metrics |= report(scores, num_eval_episodes) | {"time/eval": time.perf_counter() - updated}
+            run.log(metrics, global_step)
+            if iteration % args.checkpoint_every == 0:
+                run.save(meta=meta, iteration=iteration, global_step=global_step)
 
-    run.save(meta=meta, iteration=iteration, global_step=global_step)
-    run.close()
+        run.save(meta=meta, iteration=iteration, global_step=global_step)
     if global_step >= args.total_timesteps:
         report(scores, num_eval_episodes, show=True)
     return {tag: value for tag, value in run.metrics.items() if tag.startswith(("eval/", "charts/"))}
@@ -748,7 +748,7 @@ def parse(args_class, argv: list[str] | None = None):
     args = tyro.cli(args_class, args=argv)
     folder = args.resume or args.evaluate
     if folder:
-        saved = args_class(**load_checkpoint(folder, args_class.exp_name)["args"])
+        saved = args_class(**load_checkpoint(folder, args_class)["args"])
         args = tyro.cli(args_class, args=argv, default=saved)
         for name in asdict(saved).keys() - MAY_CHANGE - (MAY_CHANGE_TO_EVALUATE if args.evaluate else set()):
             if getattr(args, name) != getattr(saved, name):
@@ -780,19 +780,18 @@ def setup(args) -> torch.device:
     return device
 
 
-def load_checkpoint(folder: str, algorithm: str) -> dict:
-    """The last checkpoint of a run of this algorithm, on the CPU; ends the program if there is none."""
+def load_checkpoint(folder: str, args_class) -> dict:
+    """The last checkpoint of a run of this script, on the CPU; ends the program if there is none."""
     path = Path(folder) / "checkpoint.pt"
     if not path.is_file():
         fail(f"{folder} is no run: there is no {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        written_by = checkpoint["algorithm"]
+        if checkpoint["algorithm"] == args_class.exp_name and args_class(**checkpoint["args"]):
+            return checkpoint
     except Exception as error:  # a truncated or foreign file raises almost anything
-        fail(f"{path} is damaged or no checkpoint of these scripts ({type(error).__name__})")
-    if written_by != algorithm:
-        fail(f"{path} was written by {written_by}.py")
-    return checkpoint
+        fail(f"{path} is damaged or no checkpoint of this version ({type(error).__name__})")
+    fail(f"{path} was written by {checkpoint['algorithm']}.py")
 
 
 class Run:

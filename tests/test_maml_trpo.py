@@ -671,18 +671,18 @@ BOX, DISCRETE = {"env_id": "ProbeBox-v0", "inner_lr": 0.08}, {"env_id": "ProbeDi
     "settings",
     [
         BOX,
-        BOX | {"num_inner_steps": 2, "total_timesteps": 45_000},
+        BOX | {"num_inner_steps": 2, "total_timesteps": 45_000, "inner_lr": 0.06, "max_kl": 0.03},
         DISCRETE,
         DISCRETE | {"learn_inner_lr": True, "first_order": True},
     ],
     ids=str,
 )
 def test_probe_is_learned(train, settings):
-    """Of 1 at most, training comes from below 0.7 to above 0.75 after adaptation, and stays blind before."""
+    """Of 1 at most, training comes from below 0.7 to above 0.8 after adaptation, and stays blind before."""
     blind, num_steps = 0 if settings["env_id"] == "ProbeBox-v0" else 1 / 3, settings.get("num_inner_steps", 1)
     tag = f"eval/return_after_{20 * num_steps}_episodes"
     trained = train(num_eval_steps=num_steps, **settings)
-    assert 0.75 < trained[tag] <= 1
+    assert 0.8 < trained[tag] <= 1
     assert trained["eval/return_after_0_episodes"] == pytest.approx(blind, abs=0.15)
     assert train(num_eval_steps=num_steps, **settings | {"total_timesteps": 1})[tag] < 0.7
 
