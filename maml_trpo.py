@@ -204,7 +204,8 @@ def inner_loss(params, batch, policy, kind) -> torch.Tensor:
     Hessian that keeps the ∇log π ∇log πᵀ A that logli drops (ProMP, arXiv 1810.06784).
     """
     logprobs = policy.distribution(functional_call(policy, params, (batch["obs"],))).log_prob(batch["actions"])
-    objective = torch.exp(logprobs - batch["logprobs"]) if kind == "lvc" else logprobs
+    difference = (logprobs - batch["logprobs"]) * batch["mask"]  # exp of a padded step could be infinite
+    objective = torch.exp(difference) if kind == "lvc" else logprobs
     return -masked_mean(objective * batch["advantages"], batch["mask"])
 
 
@@ -244,8 +245,8 @@ def meta_update(vector, dist_of, batch, policy, max_kl, cg_iters, cg_damping) ->
     weight = batch["mask"] / (steps * len(steps) * ranks()[1])  # mean over a task's steps, then over all tasks
 
     def surrogate(dist):
-        ratio = torch.exp(policy.distribution(dist).log_prob(batch["actions"]) - batch["logprobs"])
-        return -(weight * ratio * batch["advantages"]).sum()
+        difference = policy.distribution(dist).log_prob(batch["actions"]) - batch["logprobs"]
+        return -(weight * torch.exp(difference * batch["mask"]) * batch["advantages"]).sum()
 
     def kl(dist):
         return (weight * kl_divergence(policy.distribution(batch["dist"]), policy.distribution(dist))).sum()
@@ -901,7 +902,7 @@ def gae(rewards, values, mask, gamma: float, gae_lambda: float) -> torch.Tensor:
     """Generalised advantage estimates (..., T); the value after an episode's last step is 0, a time limit included."""
     values = values * mask
     next_values = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
-    return discounted_sum((rewards + gamma * next_values - values) * mask, gamma * gae_lambda) * mask
+    return discounted_sum((rewards + gamma * next_values - values) * mask, gamma * gae_lambda)
 
 
 def standardised_advantages(batch, gamma: float, gae_lambda: float) -> torch.Tensor:

@@ -233,7 +233,7 @@ def test_first_order_meta_gradient(update, variant):
     first_order = update(problem).gradient
     assert error(first_order, numeric) < 1e-6
     problem.dist_of.keywords["first_order"] = False
-    assert error(first_order, update(problem).gradient) > 0.1
+    assert error(first_order, update(problem).gradient) > 0.01
 
 
 def test_first_order_is_the_gradient_at_the_adapted_parameters(update):
@@ -257,7 +257,7 @@ def test_inner_losses_have_one_gradient_and_two_hessians(update):
         assert not torch.equal(steps[0][name], theta[name])
     gradient = update(problem).gradient
     problem.dist_of.keywords["kind"] = "logli"
-    assert error(update(problem).gradient, gradient) > 0.1
+    assert error(update(problem).gradient, gradient) > 0.01
 
 
 def test_without_inner_steps_it_is_trpo(update):
@@ -488,6 +488,7 @@ def test_padding_is_without_influence(update):
     for data in (*problem.inner, problem.outer):
         for name in ("obs", "advantages"):
             data[name][data["mask"] == 0] = 1e6
+        data["logprobs"][data["mask"] == 0] = -1e6
     again = module.standardised_advantages(batch, 0.9, 0.8)
     torch.testing.assert_close(again, advantages, rtol=1e-12, atol=1e-12)
     assert (again[batch["mask"] == 0] == 0).all()
