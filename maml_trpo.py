@@ -659,34 +659,12 @@ def make_envs(env_id: str, num_envs: int, num_threads: int = 0, lanes: slice = s
     return (PointEnvs if env_id in POINT_FAMILIES else UserEnvs)(env_id, num_envs, lanes)
 
 
-def rollout(envs: TaskEnvs, act, tasks, horizon, rng, device) -> dict[str, torch.Tensor]:
-    """One episode in every lane; act: (obs (B, O), t) -> actions (B, A), on device; tasks: a row per lane.
-
-    Returns obs (B, T, O), actions (B, T, A) or (B, T), rewards and mask (B, T), T the longest episode; the mask is 1
-    up to a lane's end, and after it everything is 0. Also sparse_reward and success (B, T) where tasks report them.
-    """
-    obs, _ = envs.reset(seed=int(rng.integers(2**31)), options={"task": tasks})
-    alive = np.ones(envs.num_envs, bool)
-    tensor = partial(torch.as_tensor, dtype=torch.get_default_dtype(), device=device)
-    observations, actions, steps = [], [], {}
-    for t in range(horizon):
-        observations.append(tensor(obs))
-        actions.append(act(observations[-1], t))
-        obs, reward, terminated, truncated, info = envs.step(actions[-1].cpu().numpy())
-        bad = alive & ~(np.isfinite(reward) & np.isfinite(obs).all(axis=1))
-        if bad.any():
-            lane = range(envs.total_lanes)[envs.lanes][bad.argmax()]
-            fail(f"{envs.env_id}: reward or observation is not finite in lane {lane}, step {t}, task {tasks[bad][0]}")
-        for name, value in {"rewards": reward, "mask": alive, **info}.items():
-            steps.setdefault(name, np.zeros((envs.num_envs, horizon)))[:, t] = value * alive
-        alive = alive & ~(terminated | truncated)
-        if not alive.any():
-            break
-    batch = {"obs": torch.stack(observations, 1), "actions": torch.stack(actions, 1)}
-    batch |= {name: tensor(x[:, : t + 1]) for name, x in steps.items()}
-    for name in ("obs", "actions"):
-        batch[name][batch["mask"] == 0] = 0
-    return batch
+def require_finite(envs: TaskEnvs, obs, reward, alive, tasks, t: int):
+    """End the program if what a lane that is alive (B,) reports after step t is not finite."""
+    bad = alive & ~(np.isfinite(reward) & np.isfinite(obs).all(axis=1))
+    if bad.any():
+        lane = range(envs.total_lanes)[envs.lanes][bad.argmax()]
+        fail(f"{envs.env_id}: reward or observation is not finite in lane {lane}, step {t}, task {tasks[bad][0]}")
 
 
 def require_sparse_reward(envs: TaskEnvs, task: np.ndarray):
@@ -703,6 +681,39 @@ def episode_scores(batch) -> dict[str, torch.Tensor]:
 
 
 # <<< shared: tasks
+# >>> shared: rollout
+
+
+def rollout(envs: TaskEnvs, act, tasks, horizon, rng, device) -> dict[str, torch.Tensor]:
+    """One episode in every lane; act: (obs (B, O), t) -> actions (B, A), on device; tasks: a row per lane.
+
+    Returns obs and next_obs (B, T, O), actions (B, T, A) or (B, T), rewards, terminated and mask (B, T), T the longest
+    episode; the mask is 1 up to a lane's end, and after it everything is 0. Also sparse_reward and success (B, T) where
+    tasks report them.
+    """
+    obs, _ = envs.reset(seed=int(rng.integers(2**31)), options={"task": tasks})
+    alive = np.ones(envs.num_envs, bool)
+    tensor = partial(torch.as_tensor, dtype=torch.get_default_dtype(), device=device)
+    observations, actions, steps = [tensor(obs)], [], {}
+    for t in range(horizon):
+        actions.append(act(observations[-1], t))
+        obs, reward, terminated, truncated, info = envs.step(actions[-1].cpu().numpy())
+        require_finite(envs, obs, reward, alive, tasks, t)
+        for name, value in {"rewards": reward, "terminated": terminated, "mask": alive, **info}.items():
+            steps.setdefault(name, np.zeros((envs.num_envs, horizon)))[:, t] = value * alive
+        observations.append(tensor(obs))
+        alive = alive & ~(terminated | truncated)
+        if not alive.any():
+            break
+    batch = {name: tensor(x[:, : t + 1]) for name, x in steps.items()}
+    batch |= {"obs": torch.stack(observations[:-1], 1), "next_obs": torch.stack(observations[1:], 1)}
+    batch["actions"] = torch.stack(actions, 1)
+    for name in ("obs", "next_obs", "actions"):
+        batch[name][batch["mask"] == 0] = 0
+    return batch
+
+
+# <<< shared: rollout
 # >>> shared: run
 
 MAY_BE_ZERO = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps"}
@@ -868,7 +879,7 @@ def report(scores: dict[str, np.ndarray], episodes: int, show: bool = False) -> 
 
 
 # <<< shared: run
-# >>> shared: policy_grad
+# >>> shared: advantages
 
 
 def masked_mean(x: torch.Tensor, mask: torch.Tensor, dim=None, keepdim=False) -> torch.Tensor:
@@ -881,6 +892,17 @@ def discounted_sum(x: torch.Tensor, discount: float) -> torch.Tensor:
     steps = torch.arange(x.shape[-1], device=x.device)
     ahead = steps[:, None] - steps  # (s, t)
     return x @ torch.where(ahead >= 0, discount ** ahead.clamp(min=0).to(x.dtype), 0)
+
+
+def gae(rewards, values, mask, gamma: float, gae_lambda: float) -> torch.Tensor:
+    """Generalised advantage estimates (..., T); the value after an episode's last step is 0, a time limit included."""
+    values = values * mask
+    next_values = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
+    return discounted_sum((rewards + gamma * next_values - values) * mask, gamma * gae_lambda)
+
+
+# <<< shared: advantages
+# >>> shared: baseline
 
 
 def linear_baseline(obs: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -898,13 +920,6 @@ def linear_baseline(obs: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor
     return (x @ weights).view_as(returns).to(returns.dtype)
 
 
-def gae(rewards, values, mask, gamma: float, gae_lambda: float) -> torch.Tensor:
-    """Generalised advantage estimates (..., T); the value after an episode's last step is 0, a time limit included."""
-    values = values * mask
-    next_values = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
-    return discounted_sum((rewards + gamma * next_values - values) * mask, gamma * gae_lambda)
-
-
 def standardised_advantages(batch, gamma: float, gae_lambda: float) -> torch.Tensor:
     """Advantages (N, E, T) against the task's linear baseline, with mean 0 and std 1 over the steps of each task."""
     mask = batch["mask"]
@@ -914,7 +929,7 @@ def standardised_advantages(batch, gamma: float, gae_lambda: float) -> torch.Ten
     return centred / (masked_mean(centred**2, mask, (1, 2), True).sqrt() + 1e-8)
 
 
-# <<< shared: policy_grad
+# <<< shared: baseline
 # >>> shared: trpo
 
 

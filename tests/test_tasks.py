@@ -180,7 +180,8 @@ def test_rollout_masks_what_follows_an_end():
     longest = length.max()
     assert 3 < length.min() < longest < 10
     assert {name: x.shape[:2] for name, x in batch.items()} == dict.fromkeys(batch, (20, longest))
-    assert batch.keys() == {"obs", "actions", "rewards", "mask"} and batch["obs"].shape == batch["actions"].shape
+    assert batch.keys() == {"obs", "next_obs", "actions", "rewards", "terminated", "mask"}
+    assert batch["obs"].shape == batch["next_obs"].shape == batch["actions"].shape
     assert {x.dtype for x in batch.values()} == {torch.get_default_dtype()}
     goals = torch.as_tensor(tasks, dtype=torch.get_default_dtype())
     for lane, n in enumerate(length):
@@ -188,6 +189,10 @@ def test_rollout_masks_what_follows_an_end():
         assert all((x[lane, n:] == 0).all() for x in batch.values())
         ends = torch.cat([batch["obs"][lane, 1:n], goals[lane : lane + 1]])  # the reward belongs to the next position
         torch.testing.assert_close(batch["rewards"][lane, : n - 1], -(ends - goals[lane]).norm(dim=1)[:-1])
+        assert torch.equal(batch["next_obs"][lane, : n - 1], batch["obs"][lane, 1:n])
+        ends = batch["next_obs"][lane, n - 1]  # of the step that ended the episode, if one did
+        assert batch["terminated"][lane].sum() == (n < 10) == ((ends - goals[lane]).abs() < 0.01).all()
+        assert batch["terminated"][lane, n - 1] == (n < 10)
 
 
 def test_rollout_ignores_what_a_lane_reports_after_its_end(monkeypatch):
@@ -208,7 +213,7 @@ def test_rollout_ends_at_the_horizon():
     envs, tasks = make("SparsePointRobot-v0", 4)
     batch = point_rollout(envs, tasks, horizon=15)
     assert all(x.shape[:2] == (4, 15) for x in batch.values()) and (batch["mask"] == 1).all()
-    assert batch.keys() == {"obs", "actions", "rewards", "mask", "sparse_reward", "success"}
+    assert batch.keys() >= {"sparse_reward", "success"} and (batch["terminated"] == 0).all()
     scores = episode_scores({name: x.unflatten(0, (2, 2)) for name, x in batch.items()})
     torch.testing.assert_close(scores["return"], batch["rewards"].sum(1).view(2, 2).mean(1))
     assert (scores["success"] == 1).all()
