@@ -26,6 +26,7 @@ product (its code: finite differences), two tanh layers of 64 units (ReLU of 100
 
 from __future__ import annotations
 
+import atexit
 import copy
 import difflib
 import math
@@ -105,6 +106,8 @@ class Args:
 
     hidden_size: int = 64
     """units in each of the policy's two hidden layers"""
+    init_std: float = 1.0
+    """standard deviation of the actions before training, of [-1, 1]"""
     num_inner_steps: int = 1
     """K, adaptation steps in training"""
     inner_lr: float = 0.1
@@ -136,7 +139,7 @@ class Policy(nn.Module):
     Box: mean and log std, D = 2A, the log std independent of the observation. Discrete: n logits, D = n.
     """
 
-    def __init__(self, obs_size: int, action_space: gym.Space, hidden_size: int):
+    def __init__(self, obs_size: int, action_space: gym.Space, hidden_size: int, init_std: float = 1.0):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.out_size = int(action_space.n) if self.discrete else action_space.shape[0]
@@ -146,7 +149,7 @@ class Policy(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         if not self.discrete:
-            self.log_std = nn.Parameter(torch.zeros(self.out_size))
+            self.log_std = nn.Parameter(torch.full((self.out_size,), math.log(init_std)))
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         out = self.net(obs)
@@ -297,9 +300,7 @@ def evaluate(meta, tasks, collect, adapt, group, num_steps, inner_lr, lr_decay, 
             if k < num_steps:
                 scaled_lr = {name: x * (lr_decay if k else 1) for name, x in lr.items()}
                 params = vmap(partial(adapt, lr=scaled_lr))(params, batch)
-    if all_reduce(scores["return"].new_tensor(float("success" in scores))) > 0:  # some rank has met it
-        scores.setdefault("success", torch.zeros_like(scores["return"]))
-    return {name: all_reduce(score)[:, : len(tasks)].cpu().numpy() for name, score in scores.items()}
+    return gather_scores(scores, len(tasks))
 
 
 def main(args: Args) -> dict[str, float]:
@@ -325,7 +326,8 @@ def main(args: Args) -> dict[str, float]:
         require_sparse_reward(envs, test_tasks[:1])
 
     # meta-parameters: θ, and with --learn-inner-lr the logarithms of its step sizes
-    policy = Policy(envs.single_observation_space.shape[0], envs.single_action_space, args.hidden_size)
+    obs_size = envs.single_observation_space.shape[0]
+    policy = Policy(obs_size, envs.single_action_space, args.hidden_size, args.init_std)
     meta = {name: p.detach() for name, p in policy.named_parameters()}
     if args.learn_inner_lr:
         meta |= {f"log_lr.{name}": torch.full_like(p, math.log(args.inner_lr)) for name, p in meta.items()}
@@ -717,7 +719,7 @@ def rollout(envs: TaskEnvs, act, tasks, horizon, rng, device) -> dict[str, torch
 # >>> shared: run
 
 MAY_BE_ZERO = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps"}
-MAY_BE_ZERO |= {"gae_lambda", "cg_damping"}
+MAY_BE_ZERO |= {"gae_lambda", "cg_damping", "ent_coef"}
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "num_threads", "eval_every", "checkpoint_every"}
 MAY_CHANGE_TO_EVALUATE = {"num_test_tasks", "num_eval_steps", "eval_episodes", "deterministic_eval", "test_reward"}
 
@@ -745,8 +747,13 @@ def shard(n: int) -> slice:
 
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
     """Sum of x over the ranks, in place."""
-    if ranks()[1] > 1:
-        torch.distributed.all_reduce(x)
+    try:
+        if ranks()[1] > 1:
+            torch.distributed.all_reduce(x)
+    except RuntimeError as error:  # say so at once: torchrun is about to end this process
+        reason = re.split(r"\. |\n", str(error))[0]
+        sys.stderr.write(f"error: lost another rank; --resume goes on from the last checkpoint ({reason})\n")
+        sys.exit(1)
     return x
 
 
@@ -789,6 +796,7 @@ def setup(args) -> torch.device:
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu")
     if ranks()[1] > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if args.cuda else "gloo")
+        atexit.register(torch.distributed.destroy_process_group)  # its threads can abort a Python that is ending
     return device
 
 
@@ -861,8 +869,15 @@ class Run:
         if self.writes:
             self.bar.close()
             self.writer.close()
-            if self.signalled:
+            if self.signalled and not sys.exc_info()[0]:
                 print(f"stopped; --resume {self.folder} goes on from here")
+
+
+def gather_scores(scores: dict[str, torch.Tensor], num_tasks: int) -> dict[str, np.ndarray]:
+    """Scores (K + 1, num_tasks) from what each rank has filled into its columns of (K + 1, num_tasks or more) zeros."""
+    if all_reduce(scores["return"].new_tensor(float("success" in scores))) > 0:  # some rank has met it
+        scores.setdefault("success", torch.zeros_like(scores["return"]))
+    return {name: all_reduce(score)[:, :num_tasks].cpu().numpy() for name, score in sorted(scores.items())}
 
 
 def report(scores: dict[str, np.ndarray], episodes: int, show: bool = False) -> dict[str, float]:

@@ -14,12 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
-SCRIPTS = ["maml_trpo"]  # the tests about the house run on each of these
+SCRIPTS = ["maml_trpo", "rl2"]  # the tests about the house run on each of these
 
-# PointRobot has random starts and never ends early: an iteration of maml_trpo takes 4 x 2 x 10 x 2 = 160 steps
+# PointRobot has random starts and never ends early; an iteration of each script takes 160 steps
 TINY = {"env_id": "PointRobot-v0", "meta_batch_size": 4, "episodes_per_task": 2, "horizon": 10, "num_test_tasks": 5}
 TINY |= {"num_eval_steps": 1, "num_threads": 1, "total_timesteps": 320}
-OWN = {"maml_trpo": {"hidden_size": 8}}
+OWN = {"maml_trpo": {"hidden_size": 8}}  # 4 tasks x 2 episodes x 10 steps, before and after adaptation
+OWN["rl2"] = {"hidden_size": 8, "meta_batch_size": 8, "num_minibatches": 2}
 
 
 def to_argv(flags):

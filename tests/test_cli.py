@@ -33,8 +33,11 @@ BAD = [(name, value) for name in [*COUNTS, "checkpoint_every"] for value in (0, 
 BAD += [(name, -1) for name in ("seed", "task_seed", "horizon", "num_train_tasks", "num_eval_steps", "num_threads")]
 BAD += [("gamma", value) for value in (0, -0.5, 1.5, "nan", "inf")]
 BAD_MAML = [("max_kl", 0), ("max_kl", -0.01), ("inner_lr", 0), ("inner_lr", -0.1), ("inner_lr", "inf")]
+BAD_MAML += [("init_std", 0)]
 BAD_MAML += [("hidden_size", 0), ("num_inner_steps", 0), ("cg_iters", 0), ("cg_damping", -1), ("gae_lambda", 1.5)]
-BAD_OWN = {"maml_trpo": BAD_MAML}
+BAD_RL2 = [("hidden_size", 0), ("gae_lambda", 1.5), ("learning_rate", 0), ("update_epochs", 0), ("num_minibatches", 0)]
+BAD_RL2 += [("clip_coef", 0), ("ent_coef", -1), ("vf_coef", -1), ("max_grad_norm", 0)]
+BAD_OWN = {"maml_trpo": BAD_MAML, "rl2": BAD_RL2}
 
 
 @pytest.mark.parametrize("flag, value", BAD)

@@ -427,6 +427,8 @@ def test_initial_policy():
     mean, log_std = policy(torch.zeros(7, 2)).chunk(2, -1)
     assert torch.equal(mean, torch.zeros(7, 3))
     assert torch.equal(log_std, torch.zeros(7, 3))
+    narrow = module.Policy(2, gym.spaces.Box(-1, 1, (3,)), 4, init_std=0.3)
+    torch.testing.assert_close(narrow(torch.zeros(2))[3:].exp(), torch.full((3,), 0.3))
     params = dict(policy.named_parameters()) | {"log_std": torch.full((3,), -100.0)}
     torch.testing.assert_close(functional_call(policy, params, (torch.zeros(2),))[3:].exp(), torch.full((3,), 1e-6))
 

@@ -14,7 +14,7 @@ from conftest import TINY, environment, load, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 LONG = 10**9
-EQUAL_RANKS = ["maml_trpo"]  # the scripts whose draws do not depend on the number of ranks
+EQUAL_RANKS = ["maml_trpo", "rl2"]  # the scripts whose draws do not depend on the number of ranks
 
 
 def state(folder):
@@ -79,6 +79,7 @@ def test_what_main_returns(script, train):
 
 RESUMED = {"plain": {}, "a fixed set of tasks": {"num_train_tasks": 6}}
 RESUMED_OWN = {"maml_trpo": {"learned step sizes": {"learn_inner_lr": True, "num_inner_steps": 2}}}
+RESUMED_OWN["rl2"] = {"a value network": {"separate_value": True, "episodes_per_task": 2}}
 
 
 @pytest.mark.parametrize("case", ["plain", "a fixed set of tasks", "own"])
@@ -181,6 +182,17 @@ def test_a_second_signal_aborts(script, train, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def test_a_run_that_fails_does_not_say_that_it_goes_on_from_here(script, train, monkeypatch, capsys):
+    def interrupt_and_crash(run, *args):
+        signal.raise_signal(signal.SIGTERM)
+        raise Crash
+
+    monkeypatch.setattr(script.Run, "log", interrupt_and_crash)
+    with pytest.raises(Crash):
+        train(script)
+    assert "goes on from here" not in capsys.readouterr().out
+
+
 def test_evaluate(script, train, capsys):
     folder, metrics = train(script, env_id="SparsePointRobot-v0")
     files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -190,7 +202,8 @@ def test_evaluate(script, train, capsys):
     assert again == {tag: value for tag, value in metrics.items() if tag.startswith("eval/")} != {}
     assert f"return on {TINY['num_test_tasks']} held-out tasks, mean and 95% interval" in table
     for tag, value in again.items():
-        assert f"after {tag.split('_')[-2]:>4} episodes {value:10.3f} ± " in table
+        after = f"after {tag.split('_')[-2]:>4} episodes {value:10.3f} ± "
+        assert (after if "_after_" in tag else f"{tag[5:]}: {value:.3f} ± ") in table
     _, more = train(script, evaluate=folder, num_test_tasks=3, num_eval_steps=0)
     assert more.keys() < again.keys() and "on 3 held-out tasks" in capsys.readouterr().out
     assert files == {path: path.stat().st_mtime_ns for path in folder.iterdir()}  # it writes nothing
@@ -208,42 +221,93 @@ def double_precision():
 
 
 RANK = """
-import json, sys, torch
+import json, os, pathlib, signal, sys, torch
 torch.set_default_dtype(torch.float64)
-import {name} as script
+import user_tasks, {name} as script
+{more}
 metrics = script.main(script.parse(script.Args))
 print("metrics", script.ranks()[0], json.dumps(metrics))
 """
 
 
-@pytest.mark.parametrize("name", EQUAL_RANKS)
-def test_two_ranks_equal_one_process(name, train, tmp_path, double_precision):
-    """On episodes that end early, each at its own step, so that the ranks' batches differ in length."""
-    script = importlib.import_module(name)
-    flags = {"env_id": "user_tasks:Matrix-v0", "total_timesteps": 1, "eval_every": 1}
-    flags["total_timesteps"] = 2 * state(train(script, **flags)[0])["global_step"] + 1  # about three iterations
-    one, metrics = train(script, **flags)
-    assert state(one)["iteration"] >= 3
-    (tmp_path / "rank.py").write_text(RANK.format(name=name))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "rank.py"]
+def torchrun(script, n, tmp_path, more="", **flags):
+    """A tiny run of n ranks in double precision, and its one folder."""
+    (tmp_path / "rank.py").write_text(RANK.format(name=script.__name__, more=more))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", "rank.py"]
     command = launcher + tiny(script, exp_name="ranks", **flags)
     result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    (folder,) = (tmp_path / "runs").glob("*__ranks__*")
+    return result, folder
+
+
+# in the meta-test of Uneven the fourth task alone reports success, and one rank alone meets it
+@pytest.mark.parametrize("n, env_id, success", [(2, "user_tasks:Uneven-v0", 1 / 5), (4, "user_tasks:Matrix-v0", 1)])
+@pytest.mark.parametrize("name", EQUAL_RANKS)
+def test_ranks_equal_one_process(name, n, env_id, success, train, tmp_path, double_precision):
+    """On episodes that end early, each at its own step, so that the ranks' batches differ in length."""
+    script = importlib.import_module(name)
+    flags = {"env_id": env_id, "total_timesteps": 1, "eval_every": 1}
+    flags["total_timesteps"] = 2 * state(train(script, **flags)[0])["global_step"] + 1  # about three iterations
+    one, metrics = train(script, **flags)
+    assert state(one)["iteration"] >= 3 and metrics["eval/success_after_0_episodes"] == pytest.approx(success)
+    result, folder = torchrun(script, n, tmp_path, **flags)
     assert result.returncode == 0, result.stderr
-    (two,) = (tmp_path / "runs").glob("*__ranks__*")  # one folder, rank 0's
-    assert same(state(two), state(one), tolerance=1e-8)
-    assert any(x.dtype == torch.float64 for x in state(one)["meta"].values())
-    logged, expected = scalars(two), scalars(one)
+    assert same(state(folder), state(one), tolerance=1e-8)
+    nested = [x for part in state(one).values() if isinstance(part, dict) for x in part.values()]
+    assert any(torch.is_tensor(x) and x.dtype == torch.float64 for x in nested)
+    logged, expected = scalars(folder), scalars(one)
     assert same(logged, expected, tolerance=1e-6)  # TensorBoard keeps single precision
     lines = [line for line in result.stdout.splitlines() if line.startswith("metrics")]
-    assert len(lines) == 2
+    assert len(lines) == n
     for line in lines:
         of_rank = {**json.loads(line.split(" ", 2)[2]), "charts/SPS": 0}
         assert same(of_rank, metrics | {"charts/SPS": 0}, tolerance=1e-8)
 
 
+DEATH = """
+log, calls = script.Run.log, []
+def log_and_end(run, *args):
+    log(run, *args)
+    calls.append(args)
+    if script.ranks()[0] == {rank} and len(calls) == 5:
+        pathlib.Path("died").touch()
+        {death}
+script.Run.log = log_and_end
+"""
+DEATHS = {"SIGKILL": (0, "os.kill(os.getpid(), signal.SIGKILL)")}
+DEATHS["an error of its own"] = (1, 'user_tasks.Ragged.fault = (0, 0, "reward")')  # its lane 0 is the fifth of all
+
+
+@pytest.mark.parametrize("cause", DEATHS)
+@pytest.mark.parametrize("name", EQUAL_RANKS)
+def test_a_rank_that_dies_ends_the_others(name, cause, train, tmp_path, double_precision):
+    """At once, with one line each, and with the checkpoint of the third iteration, from which a run can go on."""
+    script, (rank, death) = importlib.import_module(name), DEATHS[cause]
+    flags = {"env_id": "user_tasks:Matrix-v0", "checkpoint_every": 3}
+    more = DEATH.format(rank=rank, death=death)
+    result, folder = torchrun(script, 2, tmp_path, more, total_timesteps=LONG, **flags)
+    assert (tmp_path / "died").exists(), result.stderr
+    assert time.time() - (tmp_path / "died").stat().st_mtime < 25  # after 30 s torchrun kills those that hang
+    assert result.returncode != 0 and "goes on from here" not in result.stdout
+    assert "[rank" not in result.stderr and "terminate called" not in result.stderr, result.stderr
+    expected = ["error: lost another rank; --resume goes on from the last checkpoint"]
+    if cause != "SIGKILL":
+        expected += ["error: user_tasks:Matrix-v0: reward or observation is not finite in lane 4, step 0"]
+    lines = sorted(line for line in result.stderr.splitlines() if line.startswith("error:"))
+    assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
+    stopped = state(folder)
+    assert stopped["iteration"] == 3
+    whole, _ = train(script, total_timesteps=stopped["global_step"], **flags)
+    assert same(stopped, state(whole), tolerance=1e-8)
+    train(script, resume=folder, total_timesteps=stopped["global_step"] + 1)
+    whole, _ = train(script, total_timesteps=stopped["global_step"] + 1, **flags)
+    assert state(folder)["iteration"] == 4 and same(state(folder), state(whole), tolerance=1e-8)
+    assert scalars(folder).keys() == scalars(whole).keys()
+
+
 def test_ranks_that_do_not_divide_the_meta_batch(script, train, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit, match=r"^error: --meta-batch-size 4: not divisible by the 3 ranks$"):
+    with pytest.raises(SystemExit, match=r"^error: --meta-batch-size \d: not divisible by the 3 ranks$"):
         train(script)
     assert not (tmp_path / "runs").exists()

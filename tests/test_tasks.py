@@ -6,13 +6,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, load
+from conftest import OWN, TINY, load
 from user_tasks import Ragged
 
 from maml_trpo import POINT_FAMILIES, episode_scores, make_envs, require_sparse_reward, rollout
 
 CPU = torch.device("cpu")
-FRESH = ["maml_trpo"]  # the scripts that can draw new tasks in every iteration
+FRESH = ["maml_trpo", "rl2"]  # the scripts that can draw new tasks in every iteration
 
 
 @pytest.fixture(autouse=True)
@@ -266,7 +266,7 @@ def test_fresh_tasks_in_every_iteration(name, train, monkeypatch):
         train(script, seed=seed, total_timesteps=3 * 160)
         runs.append(met.copy())
     assert runs[0] == runs[1]  # whatever the seed
-    assert len(runs[0]) == 3 * TINY["meta_batch_size"] + TINY["num_test_tasks"]
+    assert len(runs[0]) == 3 * {**TINY, **OWN[name]}["meta_batch_size"] + TINY["num_test_tasks"]
 
 
 # ---------------------------------------------------------------------------------------------------- user environments

@@ -71,9 +71,22 @@ class Split(Ragged):
         return self.sample_tasks(n) + np.array([0, 100])
 
 
+class Uneven(Ragged):
+    """Reports success where the target is above 0 only: of the first seven held-out tasks, in the fourth."""
+
+    def sample_test_tasks(self, n):
+        length, target = self.sample_tasks(n).T
+        return np.column_stack([length, np.where(np.arange(n) % 4 == 3, 1, -1) * np.abs(target)])
+
+    def step(self, action):
+        *result, info = super().step(action)
+        return *result, {name: value for name, value in info.items() if name != "success" or self.task[1] > 0}
+
+
 for actions in ACTIONS:
     gym.register(f"{actions.capitalize()}-v0", Ragged, max_episode_steps=12, kwargs={"actions": actions})
 gym.register("Dict-v0", Ragged, max_episode_steps=12, kwargs={"observations": "dict"})
 gym.register("Endless-v0", Ragged)
 gym.register("Truncated-v0", Ragged, max_episode_steps=4)
 gym.register("Split-v0", Split, max_episode_steps=12)
+gym.register("Uneven-v0", Uneven, max_episode_steps=12, kwargs={"actions": "matrix"})
