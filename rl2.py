@@ -36,7 +36,7 @@ import sys
 import time
 import zlib
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal, NoReturn
@@ -62,10 +62,10 @@ class Args:
     """seed of the initial parameters, episodes and action noise"""
     task_seed: int = 0
     """seed of the task draws: training and held-out tasks depend on nothing else"""
-    total_timesteps: int = 15_000_000
+    total_timesteps: int = 10_000_000
     """environment steps of training, meta-test excluded"""
-    meta_batch_size: int = 2000
-    """N, tasks and thereby trials per iteration"""
+    meta_batch_size: int | None = None
+    """N, tasks and thereby trials per iteration (unset: 1000 on the bandits, 500 on TabularMDP-v0, 100 elsewhere)"""
     episodes_per_task: int | None = None
     """E, episodes of a trial (unset: 1 on the bandits, 10 on TabularMDP-v0, 2 elsewhere)"""
     horizon: int = 0
@@ -103,10 +103,12 @@ class Args:
 
     hidden_size: int = 64
     """units of the recurrent layer"""
+    init_std: float = 1.0
+    """standard deviation of the actions before training, of [-1, 1]"""
     separate_value: bool = False
     """give the value function a recurrent layer of its own"""
-    gae_lambda: float = 0.3
-    """λ of generalised advantage estimation; the paper's 0.3 suits long trials with frequent rewards"""
+    gae_lambda: float | None = None
+    """λ of generalised advantage estimation (unset: the paper's 0.3 on bandits and TabularMDP-v0, 0.95 elsewhere)"""
     normalize_advantage: bool = True
     """standardise advantages over all steps of an iteration"""
     learning_rate: float = 1e-3
@@ -125,6 +127,22 @@ class Args:
     """the gradient is scaled down to this norm"""
 
 
+UNSET = {  # what a flag is if it is not given: on bandits, on TabularMDP-v0, elsewhere
+    "meta_batch_size": (1000, 500, 100),
+    "episodes_per_task": (1, 10, 2),
+    "num_test_tasks": (20_000, 20_000, 40),
+    "gae_lambda": (0.3, 0.3, 0.95),
+}
+
+
+def with_defaults(args: Args) -> Args:
+    """args with values in place of None."""
+    kind = 0 if args.env_id.startswith("Bandit") else 1 if args.env_id == "TabularMDP-v0" else 2
+    args = replace(args, **{name: of[kind] for name, of in UNSET.items() if getattr(args, name) is None})
+    scores = args.episodes_per_task // args.eval_episodes
+    return replace(args, num_eval_steps=max(0, scores - 1)) if args.num_eval_steps is None else args
+
+
 # --------------------------------------------------------------------------------------------------------- the network
 
 
@@ -136,7 +154,7 @@ class Agent(nn.Module):
     (2, N, H) with a second GRU for the value.
     """
 
-    def __init__(self, obs_size: int, action_space: gym.Space, hidden_size: int, separate_value: bool = False):
+    def __init__(self, obs_size: int, action_space: gym.Space, hidden_size: int, separate_value=False, init_std=1.0):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_size = int(action_space.n) if self.discrete else action_space.shape[0]
@@ -155,8 +173,10 @@ class Agent(nn.Module):
         nn.init.orthogonal_(self.actor.weight, 0.01)
         nn.init.zeros_(self.actor.bias)
         if not self.discrete:
-            self.log_std = nn.Parameter(torch.zeros(self.action_size))
-        self.register_buffer("value_mean", torch.zeros(()))  # the critic's unit, set in the first iteration
+            self.log_std = nn.Parameter(torch.full((self.action_size,), math.log(init_std)))
+        self.register_buffer("obs_mean", torch.zeros(obs_size))  # units of observations and values, measured by main
+        self.register_buffer("obs_std", torch.ones(obs_size))
+        self.register_buffer("value_mean", torch.zeros(()))
         self.register_buffer("value_std", torch.ones(()))
 
     def initial_state(self, n: int) -> torch.Tensor:
@@ -209,7 +229,7 @@ def collect(agent, tasks, rng, envs, episodes, horizon, reward, deterministic=Fa
         noise = draw(size=(envs.total_lanes, horizon, agent.action_size))[envs.lanes] * (not deterministic)
         noise, alive = tensor(noise), np.ones(n, bool)
         for t in range(horizon):
-            inputs = torch.cat([tensor(obs), last], -1)
+            inputs = torch.cat([((tensor(obs) - agent.obs_mean) / agent.obs_std).clamp(-10, 10), last], -1)
             dist, values, new_state = agent(inputs[:, None], state)
             actions = agent.act(dist[:, 0], noise[:, t])
             obs, rewards, terminated, truncated, info = envs.step(actions.cpu().numpy())
@@ -241,10 +261,10 @@ def collect(agent, tasks, rng, envs, episodes, horizon, reward, deterministic=Fa
 
 
 def moments(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of x (N, S) over the valid steps of all trials, those of other ranks included."""
-    count = all_reduce(mask.sum())
-    mean = all_reduce((x * mask).sum()) / count
-    return mean, (all_reduce(((x - mean) ** 2 * mask).sum()) / count).sqrt() + 1e-8
+    """Mean and standard deviation (...) of x (N, S, ...) over the valid steps of all trials, other ranks included."""
+    count, mask = all_reduce(mask.sum()), mask.view(*mask.shape, *[1] * (x.ndim - 2))
+    mean = all_reduce((x * mask).sum((0, 1))) / count
+    return mean, (all_reduce(((x - mean) ** 2 * mask).sum((0, 1))) / count).sqrt()
 
 
 def ppo_loss(agent, batch, count, clip_coef, vf_coef, ent_coef) -> tuple[torch.Tensor, torch.Tensor]:
@@ -314,6 +334,7 @@ def trial_report(scores, eval_episodes: int, best: np.ndarray | None, show: bool
 
 def main(args: Args) -> dict[str, float]:
     """Train, resume or only evaluate; returns the last value of every eval/* and charts/* tag."""
+    args = with_defaults(args)
     device = setup(args)
     checkpoint = load_checkpoint(args.resume or args.evaluate, Args) if args.resume or args.evaluate else {}
     iteration, global_step = checkpoint.get("iteration", 0), checkpoint.get("global_step", 0)
@@ -323,20 +344,17 @@ def main(args: Args) -> dict[str, float]:
         fail(f"--num-minibatches {args.num_minibatches}: more than the {args.meta_batch_size} trials")
 
     # tasks, and environments with a lane per trial
-    n, bandit, mdp = args.meta_batch_size, args.env_id.startswith("Bandit"), args.env_id == "TabularMDP-v0"
+    n, episodes, num_scores = args.meta_batch_size, args.episodes_per_task, args.num_eval_steps + 1
     envs = make_trial_envs(args.env_id, n, args.num_threads, shard(n))
     horizon = args.horizon or envs.horizon or fail(f"{args.env_id} has no time limit of its own: give --horizon")
-    episodes = args.episodes_per_task or (1 if bandit else 10 if mdp else 2)
-    num_scores = max(1, episodes // args.eval_episodes) if args.num_eval_steps is None else args.num_eval_steps + 1
-    num_test_tasks = args.num_test_tasks or (20_000 if bandit or mdp else 200 if args.env_id in POINT_FAMILIES else 40)
-    test_tasks = envs.sample_test_tasks(num_test_tasks, np.random.default_rng([args.task_seed, 1]))
+    test_tasks = envs.sample_test_tasks(args.num_test_tasks, np.random.default_rng([args.task_seed, 1]))
     if args.num_train_tasks:
         train_tasks = envs.sample_tasks(args.num_train_tasks, np.random.default_rng([args.task_seed, 0]))
     if "sparse" in (args.train_reward, args.test_reward):
         require_sparse_reward(envs, test_tasks[:1])
 
     obs_size, action_space = envs.single_observation_space.shape[0], envs.single_action_space
-    agent = Agent(obs_size, action_space, args.hidden_size, args.separate_value).to(device)
+    agent = Agent(obs_size, action_space, args.hidden_size, args.separate_value, args.init_std).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
@@ -348,7 +366,7 @@ def main(args: Args) -> dict[str, float]:
     collect_test = partial(play, episodes=num_scores * args.eval_episodes, reward=args.test_reward)
     collect_test = partial(collect_test, deterministic=args.deterministic_eval)
     meta_test = partial(evaluate, test_tasks, collect_test, n, num_scores, args.seed)
-    best = horizon * num_scores * args.eval_episodes * test_tasks.max(1) if bandit else None
+    best = horizon * num_scores * args.eval_episodes * test_tasks.max(1) if args.env_id.startswith("Bandit") else None
     loss = partial(ppo_loss, clip_coef=args.clip_coef, vf_coef=args.vf_coef, ent_coef=args.ent_coef)
     ppo = {"epochs": args.update_epochs, "num_minibatches": args.num_minibatches, "max_grad_norm": args.max_grad_norm}
     if args.evaluate:
@@ -369,19 +387,21 @@ def main(args: Args) -> dict[str, float]:
             batch, scores = collect_train(tasks[shard(n)], keyed_rng(args.seed, "train", iteration))
             collected = time.perf_counter()
 
-            # (3) advantages over the whole trial
-            if iteration == 1:  # measures values in the returns' own unit: a trial's return can be 1 or 1000
-                agent.value_mean, agent.value_std = moments(discounted_sum(batch["rewards"], args.gamma), batch["mask"])
-                batch["values"] = batch["values"] * agent.value_std + agent.value_mean
-            advantages = gae(batch["rewards"], batch["values"], batch["mask"], args.gamma, args.gae_lambda)
-            batch["returns"] = advantages + batch["values"]
-            mean, std = moments(advantages, batch["mask"]) if args.normalize_advantage else (0, 1)
-            batch["advantages"] = (advantages - mean) / std
+            if iteration == 1:  # the first trials are for the units of observations and values alone
+                agent.obs_mean, std = moments(batch["inputs"][..., :obs_size], batch["mask"])
+                agent.obs_std = torch.where(std > 1e-3, std, 1)
+                agent.value_mean, std = moments(discounted_sum(batch["rewards"], args.gamma), batch["mask"])
+                agent.value_std, losses = torch.where(std > 1e-3, std, 1), {}
+            else:
+                # (3) advantages over the whole trial
+                advantages = gae(batch["rewards"], batch["values"], batch["mask"], args.gamma, args.gae_lambda)
+                batch["returns"] = advantages + batch["values"]
+                mean, std = moments(advantages, batch["mask"]) if args.normalize_advantage else (0, 1)
+                batch["advantages"] = (advantages - mean) / (std + 1e-8)
 
-            # (4), (5) PPO
-            losses = update(
-                agent, optimizer, batch, keyed_rng(args.seed, "minibatches", iteration), n, loss=loss, **ppo
-            )
+                # (4), (5) PPO
+                rng = keyed_rng(args.seed, "minibatches", iteration)
+                losses = update(agent, optimizer, batch, rng, n, loss=loss, **ppo)
             updated = time.perf_counter()
 
             # log, (6) meta-test, save

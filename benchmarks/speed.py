@@ -26,7 +26,13 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-ITERATION_STEPS = {"maml_trpo.py": 80_000}  # environment steps of an iteration at most
+SCRIPTS = [  # script, flags, environment steps of an iteration at most
+    ("maml_trpo.py", "", 80_000),
+    ("maml_trpo.py", "--env-id HalfCheetahVel-v0", 160_000),
+    ("rl2.py", "", 4_000),
+    ("rl2.py", "--env-id TabularMDP-v0", 40_000),
+    ("rl2.py", "--env-id HalfCheetahVel-v0", 160_000),
+]
 V5 = {
     "HalfCheetahVel-v0": "HalfCheetah-v5",
     "AntDir-v0": "Ant-v5",
@@ -91,29 +97,51 @@ def envs_table(lanes: int, rounds: int, steps: int = 20):
 
 
 def script_row(script: str, flags: list[str]):
-    """In a process of its own: run the script, then print medians of its time/* tags, steps per second and memory."""
+    """In a process of its own: run the script, then print medians of its times, steps per second and memory."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    module = __import__(script.removesuffix(".py"))
+    module, simulating, totals = __import__(script.removesuffix(".py")), [0.0], []
+
+    def timed(make):
+        def make_timed(*args, **kwargs):
+            envs = make(*args, **kwargs)
+            step = envs.step
+
+            def timed_step(actions):
+                start = time.perf_counter()
+                result = step(actions)
+                simulating[0] += time.perf_counter() - start
+                return result
+
+            envs.step = timed_step
+            return envs
+
+        return make_timed
+
+    name = "make_trial_envs" if hasattr(module, "make_trial_envs") else "make_envs"
+    setattr(module, name, timed(getattr(module, name)))
+    log = module.Run.log
+    module.Run.log = lambda run, *args: (totals.append(simulating[0]), log(run, *args))
     module.main(module.parse(module.Args, flags))
     (folder,) = Path("runs").iterdir()
     events = EventAccumulator(str(folder)).Reload()
-    # without the first iteration, which warms up
-    collect, update = (np.array([e.value for e in events.Scalars(f"time/{x}")][1:]) for x in ("collect", "update"))
-    steps = np.diff([e.step for e in events.Scalars("time/collect")])
+    # without the first iteration, which warms up, and the last, which ends with a meta-test
+    collect, update = (np.array([e.value for e in events.Scalars(f"time/{x}")][1:-1]) for x in ("collect", "update"))
+    steps, simulate = np.diff([e.step for e in events.Scalars("time/collect")])[:-1], np.diff(totals)[:-1]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-    row = [np.median(collect), np.median(update), np.median(collect + update), np.median(steps / (collect + update))]
-    print(f"| {script} | {row[0]:.2f} | {row[1]:.2f} | {row[2]:.2f} | {row[3]:,.0f} | {memory:.2f} |")
+    seconds = " | ".join(f"{np.median(x):.3f}" for x in (collect - simulate, simulate, update, collect + update))
+    print(f"{seconds} | {np.median(steps / (collect + update)):,.0f} | {memory:.2f} |")
 
 
 def scripts_table(iterations: int, flags: list[str]):
-    print("| script | collect, s | update, s | iteration, s | steps/s | peak memory, GB |\n|-|-|-|-|-|-|", flush=True)
-    for script, steps in ITERATION_STEPS.items():
-        given = ["--total-timesteps", str(iterations * steps), "--eval-every", "1000000", *flags]
+    print("| script | act, s | simulate, s | update, s | iteration, s | steps/s | peak memory, GB |")
+    print("|-|-|-|-|-|-|-|", flush=True)
+    for script, own, steps in SCRIPTS:
+        given = [*own.split(), "--total-timesteps", str(iterations * steps), "--eval-every", "1000000", *flags]
         command = [sys.executable, __file__, "row", script, *given]
         with tempfile.TemporaryDirectory() as folder:
             output = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
-        print(output.splitlines()[-1], flush=True)
+        print(f"| `{f'{script} {own}'.strip()}` | {output.splitlines()[-1]}", flush=True)
 
 
 def main():

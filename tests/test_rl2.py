@@ -7,11 +7,12 @@ from functools import cache, partial
 import numpy as np
 import pytest
 import torch
+from conftest import load
 from gymnasium.spaces import Box, Discrete
 from torch import nn
 
 import rl2
-from rl2 import Agent, collect, evaluate, gae, keyed_rng, make_trial_envs, ppo_loss, standardise, update
+from rl2 import Agent, collect, evaluate, gae, keyed_rng, make_trial_envs, moments, ppo_loss, update
 
 BOX = Box(-1, 1, (4,))
 
@@ -170,14 +171,46 @@ def test_gae_is_the_sum_over_the_rest_of_the_trial():
     assert (advantages[batch["mask"] == 0] == 0).all()
 
 
-def test_standardised_over_all_valid_steps():
+def test_moments_of_the_valid_steps():
     x, mask = torch.randn(5, 7) * 3 + 2, (torch.rand(5, 7) > 0.3).double()
-    y = standardise(x, mask)[mask == 1]
-    torch.testing.assert_close(y, (x[mask == 1] - x[mask == 1].mean()) / x[mask == 1].std(correction=0))
+    valid = x[mask == 1]
+    torch.testing.assert_close(torch.stack(moments(x, mask)), torch.stack([valid.mean(), valid.std(correction=0)]))
+
+
+def test_the_units_of_observations_and_values(train):
+    """Mean and spread in the first iteration, which does not train; later ones leave them as they are."""
+    torch.set_default_dtype(torch.float32)
+    first, later = (load(train(rl2, total_timesteps=n * 160, gamma=0.9)[0])["agent"] for n in (1, 3))
+    envs = make_trial_envs("PointRobot-v0", 8)
+    tasks = envs.sample_tasks(8, np.random.default_rng([0, 0, 1]))
+    torch.manual_seed(1)
+    agent = Agent(2, envs.single_action_space, 8)
+    with torch.no_grad():
+        batch, _ = collect(agent, tasks, keyed_rng(1, "train", 1), envs, 2, 10, "dense")
+    returns = torch.stack([sum(0.9**k * batch["rewards"][:, t + k] for k in range(20 - t)) for t in range(20)])
+    obs = batch["inputs"][..., :2].flatten(0, 1)
+    for name, p in agent.named_parameters():
+        assert torch.equal(first[name], p) and not torch.equal(later[name], p)
+    for saved in (first, later):
+        torch.testing.assert_close(
+            torch.stack([saved["obs_mean"], saved["obs_std"]]), torch.stack([obs.mean(0), obs.std(0, correction=0)])
+        )
+        torch.testing.assert_close(saved["value_mean"], returns.mean())
+        torch.testing.assert_close(saved["value_std"], returns.std(correction=0))
+    agent.obs_mean[:], agent.obs_std[:] = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1e-3])
+    agent.value_mean, agent.value_std = torch.tensor(5.0), torch.tensor(7.0)
+    with torch.no_grad():
+        scaled, _ = collect(agent, tasks, keyed_rng(1, "train", 1), envs, 1, 1, "dense")
+    starts = batch["inputs"][:, 0, :2]
+    torch.testing.assert_close(scaled["inputs"][:, 0, 0], (starts[:, 0] - 1) / 3)
+    assert (scaled["inputs"][:, 0, 1] == -10).all()
+    features = agent.grus[0](scaled["inputs"])[0]
+    torch.testing.assert_close(scaled["values"], 5 + 7 * agent.critic(features).squeeze(-1))
 
 
 def prepared(env_id, **flags):
     agent, batch, scores = play(env_id, **flags)
+    agent.value_mean, agent.value_std = torch.tensor(0.3), torch.tensor(2.0)
     batch["advantages"], batch["returns"] = torch.randn(2, *batch["mask"].shape)
     batch["logprobs"] = batch["logprobs"] + 0.4 * torch.randn(batch["mask"].shape)  # ratios on both sides of the clip
     return agent, batch, scores
@@ -198,7 +231,11 @@ def test_the_loss(env_id):
             ratio = (distribution.log_prob(batch["actions"][i, t]) - batch["logprobs"][i, t]).exp()
             a = batch["advantages"][i, t]
             surrogate = min(ratio * a, (1.2 if a > 0 else 0.8) * a)
-            total += -surrogate + 0.7 / 2 * (values[i, t] - batch["returns"][i, t]) ** 2 - 0.03 * distribution.entropy()
+            total += (
+                -surrogate
+                + 0.7 / 2 * ((values[i, t] - batch["returns"][i, t]) / 2) ** 2
+                - 0.03 * distribution.entropy()
+            )
             n, clipped, kl = n + 1, clipped + (abs(ratio - 1) > 0.2), kl + ratio - 1 - ratio.log()
     torch.testing.assert_close(loss, total / n)
     torch.testing.assert_close(parts[3:], torch.stack([kl / n, clipped / n]))
@@ -325,19 +362,22 @@ def test_regret_and_trial_return(train, capsys):
 
 
 @pytest.mark.parametrize(
-    "env_id, episodes, tests",
-    [("Bandit2Arms3-v0", 1, 20_000), ("TabularMDP-v0", 10, 20_000), ("PointRobot-v0", 2, 200)],
+    "env_id, expected",
+    [
+        ("Bandit2Arms3-v0", (1000, 1, 20_000, 0.3, 0)),
+        ("TabularMDP-v0", (500, 10, 20_000, 0.3, 9)),
+        ("PointRobot-v0", (100, 2, 40, 0.95, 1)),
+    ],
 )
-def test_what_is_not_given(env_id, episodes, tests, train, monkeypatch):
-    torch.set_default_dtype(torch.float32)
-    asked = []
-    monkeypatch.setattr(rl2, "evaluate", lambda tasks, *args: asked.append(tasks) or {"return": np.zeros((2, 1))})
-    unset = dict.fromkeys(("episodes_per_task", "num_test_tasks", "num_eval_steps"))
-    script_args = rl2.Args(env_id=env_id, meta_batch_size=4, num_minibatches=1, total_timesteps=1, **unset)
-    monkeypatch.setattr(rl2, "trial_report", lambda scores, *args, **kwargs: {})
-    train_main = rl2.main(script_args)
-    assert len(asked[0]) == tests and train_main["charts/episodic_length"] in (3, 10, 20)
-    assert ("charts/pre_adaptation_return" in train_main) == (episodes > 1)
+def test_what_is_not_given(env_id, expected):
+    names = ("meta_batch_size", "episodes_per_task", "num_test_tasks", "gae_lambda", "num_eval_steps")
+    args = rl2.with_defaults(rl2.Args(env_id=env_id))
+    assert tuple(getattr(args, name) for name in names) == expected
+    given = dict.fromkeys(names, 7) | {"gae_lambda": 0, "num_eval_steps": 0}
+    args = rl2.with_defaults(rl2.Args(env_id=env_id, **given))
+    assert {name: getattr(args, name) for name in names} == given
+    args = rl2.with_defaults(rl2.Args(env_id=env_id, episodes_per_task=6, eval_episodes=2))
+    assert args.num_eval_steps == 2
 
 
 def test_more_minibatches_than_trials(train, tmp_path):
