@@ -111,11 +111,11 @@ class Args:
     """λ of generalised advantage estimation (unset: the paper's 0.3 on bandits and TabularMDP-v0, 0.95 elsewhere)"""
     normalize_advantage: bool = True
     """standardise advantages over all steps of an iteration"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """step size of Adam"""
     update_epochs: int = 4
     """passes over an iteration's trials"""
-    num_minibatches: int = 4
+    num_minibatches: int = 8
     """minibatches, of whole trials, per pass"""
     clip_coef: float = 0.2
     """ε, the surrogate's gradient stops where the probability ratio leaves 1 ± ε to its advantage"""
