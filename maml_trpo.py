@@ -776,7 +776,7 @@ def setup(args) -> torch.device:
         flag, zero = f"--{name.replace('_', '-')} {value}", name in MAY_BE_ZERO
         if type(value) in (int, float) and not (0 < value < math.inf or (zero and value == 0)):
             fail(f"{flag}: must be {'0 or more' if zero else 'above 0'}")
-        if name in ("gamma", "gae_lambda") and value > 1:
+        if name in ("gamma", "gae_lambda", "tau") and value > 1:
             fail(f"{flag}: must be at most 1")
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")

@@ -413,6 +413,10 @@ def main(args: Args) -> dict[str, float]:
     if args.resume and global_step >= args.total_timesteps:
         fail(f"{args.resume} is complete: give more --total-timesteps, or --evaluate it")
     rank, num_ranks = ranks()
+    if not args.num_train_tasks:
+        fail("--num-train-tasks 0: every training task has a replay of its own, so that there must be a set of them")
+    if args.compile and (not args.cuda or num_ranks > 1):
+        fail("--compile captures a CUDA graph: it needs --cuda, and one process")
     for flag, value in (("meta-batch-size", args.meta_batch_size), ("picked-tasks", args.picked_tasks)):
         if value > args.num_train_tasks:
             fail(f"--{flag} {value}: more than --num-train-tasks {args.num_train_tasks}")
@@ -522,8 +526,7 @@ def main(args: Args) -> dict[str, float]:
             if iteration >= first:
                 seed = int(keyed_rng(args.seed, "update", iteration, rank).integers(2**63))
                 generator = torch.Generator(device).manual_seed(seed)
-                capture = args.compile and args.cuda and num_ranks == 1
-                losses = repeat(lambda g=generator: update(*draw(g)), args.gradient_steps, generator, capture)
+                losses = repeat(lambda g=generator: update(*draw(g)), args.gradient_steps, generator, args.compile)
                 losses = (all_reduce(losses) / num_ranks).tolist()
                 metrics |= {f"losses/{name}": loss for name, loss in zip(LOSSES, losses, strict=True)}
             updated = time.perf_counter()
@@ -1044,7 +1047,7 @@ def setup(args) -> torch.device:
         flag, zero = f"--{name.replace('_', '-')} {value}", name in MAY_BE_ZERO
         if type(value) in (int, float) and not (0 < value < math.inf or (zero and value == 0)):
             fail(f"{flag}: must be {'0 or more' if zero else 'above 0'}")
-        if name in ("gamma", "gae_lambda") and value > 1:
+        if name in ("gamma", "gae_lambda", "tau") and value > 1:
             fail(f"{flag}: must be at most 1")
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")

@@ -34,7 +34,20 @@ BAD += [(name, -1) for name in ("seed", "task_seed", "horizon", "num_train_tasks
 BAD += [("gamma", value) for value in (0, -0.5, 1.5, "nan", "inf")]
 BAD_MAML = [("max_kl", 0), ("max_kl", -0.01), ("inner_lr", 0), ("inner_lr", -0.1), ("inner_lr", "inf")]
 BAD_MAML += [("hidden_size", 0), ("num_inner_steps", 0), ("cg_iters", 0), ("cg_damping", -1), ("gae_lambda", 1.5)]
-BAD_OWN = {"maml_trpo": BAD_MAML}
+BAD_PEARL = [
+    (name, value) for name in ("picked_tasks", "initial_steps", "prior_steps", "batch_size") for value in (0, -1)
+]
+BAD_PEARL += [("posterior_steps", -1), ("extra_steps", -1), ("gradient_steps", 0), ("context_size", 0)]
+BAD_PEARL += [
+    ("learning_rate", 0),
+    ("tau", 0),
+    ("tau", 1.5),
+    ("reward_scale", 0),
+    ("kl_weight", -1),
+    ("kl_weight", "nan"),
+]
+BAD_PEARL += [("hidden_size", 0), ("encoder_size", 0), ("latent_size", 0), ("exploration_episodes", 0)]
+BAD_OWN = {"maml_trpo": BAD_MAML, "pearl": BAD_PEARL}
 
 
 @pytest.mark.parametrize("flag, value", BAD)

@@ -79,6 +79,8 @@ def test_what_main_returns(script, train):
 
 RESUMED = {"plain": {}, "a fixed set of tasks": {"num_train_tasks": 6}}
 RESUMED_OWN = {"maml_trpo": {"learned step sizes": {"learn_inner_lr": True, "num_inner_steps": 2}}}
+PHASES = {"prior_steps": 20, "posterior_steps": 0, "extra_steps": 20, "context_next_obs": "True"}
+RESUMED_OWN["pearl"] = {"an overwritten replay": {"replay_size": 50}, "other phases": PHASES}
 
 
 @pytest.mark.parametrize("case", ["plain", "a fixed set of tasks", "own"])

@@ -14,12 +14,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = {
-    "tasks": ["maml_trpo.py"],
-    "run": ["maml_trpo.py"],
-    "rollout": ["maml_trpo.py"],
+    "tasks": ["maml_trpo.py", "pearl.py"],
+    "run": ["maml_trpo.py", "pearl.py"],
+    "rollout": ["maml_trpo.py", "pearl.py"],
     "advantages": ["maml_trpo.py"],
     "baseline": ["maml_trpo.py"],
     "trpo": ["maml_trpo.py"],
+    "sac": ["pearl.py"],
 }
 EACH_ITS_OWN = {"Args", "Policy", "collect", "evaluate", "main"}
 THIRD_PARTY = {"torch", "numpy", "gymnasium", "tyro", "tqdm", "mujoco", "tensorboard"}
