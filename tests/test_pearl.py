@@ -592,14 +592,13 @@ def test_two_ranks(train, tmp_path):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_captured_step_equals_an_eager_one(train):
-    states = [
-        load(train(module, cuda=True, compile=compile, gradient_steps=8)[0])["agent"] for compile in (False, True)
-    ]
+    flags = {"cuda": True, "gradient_steps": 8}
+    states = [load(train(module, compile=compiled, **flags)[0])["agent"] for compiled in (False, True)]
     for name, x in states[0].items():
         torch.testing.assert_close(states[1][name], x, msg=name)
 
 
-# ------------------------------------------------------------------------------------------- a family learned in seconds
+# ------------------------------------------------------------------------------------------ a family learned in seconds
 
 
 class Sign(gym.Env):
