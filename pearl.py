@@ -113,6 +113,8 @@ class Args:
     """steps per picked task with z from the belief, for the replay alone"""
     gradient_steps: int | None = None
     """gradient steps per iteration"""
+    initial_gradient_steps: int | None = None
+    """gradient steps after the initial collection, before the first iteration that picks tasks"""
     batch_size: int | None = None
     """transitions per task in a gradient step"""
     context_size: int | None = None
@@ -127,7 +129,7 @@ class Args:
     """units in each of the three hidden layers of actor and critics"""
     encoder_size: int | None = None
     """units in each of the three hidden layers of the encoder"""
-    learning_rate: float = 3e-4
+    learning_rate: float | None = None
     """step size of Adam, for all networks"""
     tau: float = 0.005
     """share of the critics in the targets, per gradient step"""
@@ -148,26 +150,26 @@ class Args:
 # --------------------------------------------------------------------------------------------------------- the presets
 
 PRESETS = ["num_train_tasks", "meta_batch_size", "picked_tasks", "initial_steps", "prior_steps", "posterior_steps"]
-PRESETS += ["extra_steps", "gradient_steps", "batch_size", "context_size", "gamma", "reward_scale", "kl_weight"]
-PRESETS += ["exploration_episodes", "total_timesteps"]
+PRESETS += ["extra_steps", "initial_gradient_steps", "gradient_steps", "batch_size", "context_size", "gamma"]
+PRESETS += ["reward_scale", "kl_weight", "exploration_episodes", "total_timesteps"]
 # fmt: off
 PAPER = {  # the configurations of the authors' code, katerakelly/oyster
-    "HalfCheetahDir-v0":     (  2,  2,  2, 2000, 1000,   0, 1000,  800, 512,  256, 0.99,   5.0, 0.2, 2, 5_000_000),
-    "AntDir-v0":             (100, 16,  5, 2000,  400,   0,  600, 4000, 256,  256, 0.99,   5.0, 0.1, 2, 2_700_000),
-    "AntGoal-v0":            (150, 10,  5, 2000,  400,   0,  600, 4000, 256,  256, 0.99,   5.0, 1.0, 2, 2_800_000),
-    "SparseAntGoal-v0":      (150, 10,  5, 2000,  400,   0,  600, 4000, 256,  256, 0.99,   5.0, 1.0, 2, 2_800_000),
-    "HumanoidDir-v0":        (100, 16,  5, 2000,  400,   0,  600, 4000, 256,  256, 0.99,   5.0, 0.1, 2, 2_700_000),
-    "Walker2dRandParams-v0": ( 40, 10,  5, 2000,  400,   0,  600, 4000, 256,  100, 0.99,   5.0, 0.1, 2, 2_580_000),
-    "HopperRandParams-v0":   ( 40, 10,  5, 2000,  400,   0,  600, 4000, 256,  100, 0.99,   5.0, 0.1, 2, 2_580_000),
-    "PointRobot-v0":         ( 80, 16,  5,  200,  200,   0,  200, 1000, 256,   64, 0.99, 100.0, 0.1, 1, 1_016_000),
-    "SparsePointRobot-v0":   ( 80, 16, 10,  200,  100, 900,    0, 1000, 256, 1000, 0.90, 100.0, 1.0, 5, 5_016_000),
-    "":                      (100, 16,  5, 2000,  400,   0,  600, 2000, 256,  100, 0.99,   5.0, 0.1, 2, 2_700_000),
+    "HalfCheetahDir-v0":       (2,  2, 2, 2000, 1000,   0, 1000,  800,  800, 512,  256, 0.99,   5.0, 0.2, 2, 5_000_000),
+    "AntDir-v0":             (100, 16, 5, 2000,  400,   0,  600, 4000, 4000, 256,  256, 0.99,   5.0, 0.1, 2, 2_700_000),
+    "AntGoal-v0":            (150, 10, 5, 2000,  400,   0,  600, 4000, 4000, 256,  256, 0.99,   5.0, 1.0, 2, 2_800_000),
+    "SparseAntGoal-v0":      (150, 10, 5, 2000,  400,   0,  600, 4000, 4000, 256,  256, 0.99,   5.0, 1.0, 2, 2_800_000),
+    "HumanoidDir-v0":        (100, 16, 5, 2000,  400,   0,  600, 4000, 4000, 256,  256, 0.99,   5.0, 0.1, 2, 2_700_000),
+    "Walker2dRandParams-v0":  (40, 10, 5, 2000,  400,   0,  600, 4000, 4000, 256,  100, 0.99,   5.0, 0.1, 2, 2_580_000),
+    "HopperRandParams-v0":    (40, 10, 5, 2000,  400,   0,  600, 4000, 4000, 256,  100, 0.99,   5.0, 0.1, 2, 2_580_000),
+    "PointRobot-v0":          (80, 16, 5,  200,  200,   0,  200, 1000, 1000, 256,   64, 0.99, 100.0, 0.1, 1, 1_016_000),
+    "SparsePointRobot-v0":    (80, 16, 10, 200,  100, 900,    0, 1000, 1000, 256, 1000, 0.90, 100.0, 1.0, 5, 5_016_000),
+    "":                      (100, 16, 5, 2000,  400,   0,  600, 2000, 2000, 256,  100, 0.99,   5.0, 0.1, 2, 2_700_000),
 }  # "": all other families, HalfCheetahVel-v0 among them
 CPU = {
-    "HalfCheetahDir-v0":     (  2,  2,  2, 2000, 1000,   0, 1000,  400, 256,  256, 0.99,   5.0, 0.2, 2,   400_000),
-    "PointRobot-v0":         ( 80, 16,  5,  200,  200,   0,  200,  500,  64,   64, 0.99, 100.0, 0.1, 1,   100_000),
-    "SparsePointRobot-v0":   ( 80, 16, 10,  200,  100, 900,    0,  500,  64,  256, 0.90, 100.0, 1.0, 5, 1_000_000),
-    "":                      (100, 16,  5, 2000,  400,   0,  600,  500,  64,  100, 0.99,   5.0, 0.1, 2,   500_000),
+    "HalfCheetahDir-v0":       (2,  2, 2, 2000, 1000,   0, 1000,  400,  400, 256,  256, 0.99,   5.0, 0.2, 2,   400_000),
+    "PointRobot-v0":          (80, 16, 5,  200,  200,   0,  200,  500,  500,  64,   64, 0.99, 100.0, 0.1, 1,   100_000),
+    "SparsePointRobot-v0":    (80, 16, 10, 200,  100, 900,    0,  500,  500,  64,  256, 0.90, 100.0, 1.0, 5, 1_000_000),
+    "":                      (100, 16, 5, 2000,  400,   0,  600,  500,  500,  64,  100, 0.99,   5.0, 0.1, 2,   500_000),
 }
 # fmt: on
 
@@ -183,6 +185,7 @@ def with_preset(args: Args) -> Args:
         else {"hidden_size": 300, "encoder_size": 200}
     )
     values |= {"train_reward": "sparse" if sparse else "dense", "test_reward": "sparse" if sparse else "dense"}
+    values |= {"learning_rate": 1e-3 if args.preset == "cpu" else 3e-4}
     values |= {"num_eval_steps": 19 if sparse else 2, "eval_episodes": args.episodes_per_task}
     values |= {"num_test_tasks": 100 if args.env_id in POINT_FAMILIES else 40}
     values |= {"context_next_obs": args.env_id.endswith("RandParams-v0")}
@@ -526,7 +529,8 @@ def main(args: Args) -> dict[str, float]:
             if iteration >= first:
                 seed = int(keyed_rng(args.seed, "update", iteration, rank).integers(2**63))
                 generator = torch.Generator(device).manual_seed(seed)
-                losses = repeat(lambda g=generator: update(*draw(g)), args.gradient_steps, generator, args.compile)
+                times = args.initial_gradient_steps if iteration == first else args.gradient_steps
+                losses = repeat(lambda g=generator: update(*draw(g)), times, generator, args.compile)
                 losses = (all_reduce(losses) / num_ranks).tolist()
                 metrics |= {f"losses/{name}": loss for name, loss in zip(LOSSES, losses, strict=True)}
             updated = time.perf_counter()

@@ -22,7 +22,14 @@ TINY |= {"num_eval_steps": 1, "num_threads": 1, "total_timesteps": 320}
 OWN = {"maml_trpo": {"hidden_size": 8}}
 # pearl: 160 steps too, 4 x 2 x 10 x 2 (prior and posterior phase), the first of them before any gradient step
 OWN["pearl"] = {"num_train_tasks": 4, "picked_tasks": 4, "initial_steps": 40, "prior_steps": 20, "posterior_steps": 20}
-OWN["pearl"] |= {"extra_steps": 0, "gradient_steps": 2, "batch_size": 8, "context_size": 16, "replay_size": 500}
+OWN["pearl"] |= {
+    "extra_steps": 0,
+    "initial_gradient_steps": 2,
+    "gradient_steps": 2,
+    "batch_size": 8,
+    "context_size": 16,
+    "replay_size": 500,
+}
 OWN["pearl"] |= {"hidden_size": 8, "encoder_size": 8}
 
 

@@ -625,7 +625,14 @@ gym.register("Sign-v0", Sign, max_episode_steps=4)
 
 def test_learns_to_infer_the_task(train):
     flags = {"meta_batch_size": 2, "num_train_tasks": 2, "picked_tasks": 2, "episodes_per_task": 1, "horizon": 4}
-    flags |= {"initial_steps": 40, "prior_steps": 20, "posterior_steps": 20, "gradient_steps": 100, "batch_size": 32}
+    flags |= {
+        "initial_steps": 40,
+        "prior_steps": 20,
+        "posterior_steps": 20,
+        "gradient_steps": 100,
+        "batch_size": 32,
+        "initial_gradient_steps": 100,
+    }
     flags |= {"hidden_size": 32, "encoder_size": 32, "context_size": 8, "learning_rate": 3e-3, "gamma": 0.5}
     flags |= {"num_test_tasks": 10, "exploration_episodes": 1, "total_timesteps": 6 * 80, "reward_scale": 20.0}
     flags |= {"tau": 0.05}
