@@ -1,7 +1,9 @@
-"""Speed: the MuJoCo families against gymnasium's vector environments and bare mj_step, and an iteration of each script.
+"""Speed: the MuJoCo families against gymnasium's vector environments and bare mj_step, an iteration of each script, and
+a full-size gradient step of PEARL against the matrix products in it.
 
     python benchmarks/speed.py envs [--lanes 400] [--rounds 5]
     python benchmarks/speed.py scripts [--iterations 10] [further flags of the scripts]
+    python benchmarks/speed.py pearl [--rounds 5] [--threads 0]
 
 Prints Markdown tables; docs/performance.md holds their output. Everything that is compared is measured in turns within
 one run, and the median is shown.
@@ -144,18 +146,76 @@ def scripts_table(iterations: int, flags: list[str]):
         print(f"| `{f'{script} {own}'.strip()}` | {output.splitlines()[-1]}", flush=True)
 
 
+def pearl_table(rounds: int, num_threads: int, steps: int = 5):
+    """A gradient step at half-cheetah-vel's paper preset, drawing included, against torch.mm of the same sizes."""
+    import torch
+
+    import pearl
+
+    torch.set_num_threads(num_threads or os.cpu_count())
+    args = pearl.with_preset(pearl.Args(env_id="HalfCheetahVel-v0", preset="paper"))
+    n, b, c, z = args.meta_batch_size, args.batch_size, args.context_size, args.latent_size
+    sizes, device = [17, 6, 1, 17, 1, 1], torch.device("cpu")
+    agent = pearl.Agent(17, 6, 24, z, args.hidden_size, args.encoder_size)
+    groups = {"critics": [*agent.critics.parameters(), *agent.encoder.parameters()], "actor": agent.actor.parameters()}
+    optimizers = {name: torch.optim.Adam(group, lr=3e-4, fused=True) for name, group in groups.items()}
+    replay, ids = pearl.Replay(args.num_train_tasks, 2000, sum(sizes), device), torch.arange(args.num_train_tasks)
+    replay.add(ids, torch.randn(len(ids), 2000, sum(sizes)), torch.ones(len(ids), 2000))
+    window, generator = torch.stack([0 * ids, 0 * ids + 400], 1), torch.Generator()
+    context = {"size": c, "longest": 2000, "width": 24}
+    settings = {name: getattr(args, name) for name in ("gamma", "reward_scale", "kl_weight", "regularization", "tau")}
+
+    def step():
+        draws = pearl.draw_batch(generator, replay, window, n, b, sizes, z, **context)
+        pearl.gradient_step(agent, optimizers, *draws, n, **settings)
+
+    def products(mlp, rows, times, weight, inputs):
+        """(rows, in, out) of the products: forward, and gradients in the weights and in the inputs of the layers."""
+        for i, w in enumerate(mlp.weights):
+            a, b = w.shape[1:]
+            found = [(rows, a, b)] + weight * [(a, rows, b)] + (inputs or (weight and i > 0)) * [(rows, b, a)]
+            yield from times * found
+
+    q, pi = agent.critics, agent.actor
+    shapes = [*products(agent.encoder, n * c, 1, True, False), *products(pi, n * b, 1, False, False)]
+    shapes += [*products(q, n * b, 2, False, False), *products(q, n * b, 2, True, True)]  # targets; critics
+    shapes += [*products(pi, n * b, 1, True, False), *products(q, n * b, 2, False, True)]  # actor, through the critics
+    pairs = [(torch.randn(a, b), torch.randn(b, c), torch.empty(a, c)) for a, b, c in shapes]
+
+    def bound():
+        for a, b, out in pairs:
+            torch.mm(a, b, out=out)
+
+    times = {step: [], bound: []}
+    for k in range(rounds + 1):
+        for call, seconds in times.items():
+            start = time.perf_counter()
+            for _ in range(steps):
+                call()
+            seconds += [(time.perf_counter() - start) / steps] * (k > 0)  # the first round warms up
+    ours, least = (1000 * np.median(seconds) for seconds in times.values())
+    flop = 2 * sum(a * b * c for a, b, c in shapes)
+    print("| gradient step, HalfCheetahVel-v0, 16 tasks x 256, 3 x 300 | ms | GFLOP/s |\n|-|-|-|")
+    print(f"| pearl.py, {torch.get_num_threads()} threads | {ours:.0f} | {flop / ours / 1e6:.0f} |")
+    print(f"| torch.mm of the same sizes | {least:.0f} | {flop / least / 1e6:.0f} |")
+    print(f"\n{flop / 1e9:.1f} GFLOP; {least / ours:.0%} of the speed of torch.mm")
+
+
 def main():
     if sys.argv[1:2] == ["row"]:
         return script_row(sys.argv[2], sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["envs", "scripts"])
+    parser.add_argument("what", choices=["envs", "scripts", "pearl"])
     parser.add_argument("--lanes", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--iterations", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=0)
     args, flags = parser.parse_known_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
     if args.what == "envs":
         envs_table(args.lanes, args.rounds)
+    elif args.what == "pearl":
+        pearl_table(args.rounds, args.threads)
     else:
         scripts_table(args.iterations, flags)
 

@@ -8,19 +8,33 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)  # files of one second are sorted by it, as text
 
-SCRIPTS = ["maml_trpo", "rl2"]  # the tests about the house run on each of these
+SCRIPTS = ["maml_trpo", "rl2", "pearl"]  # the tests about the house run on each of these
 
 # PointRobot has random starts and never ends early; an iteration of each script takes 160 steps
 TINY = {"env_id": "PointRobot-v0", "meta_batch_size": 4, "episodes_per_task": 2, "horizon": 10, "num_test_tasks": 5}
 TINY |= {"num_eval_steps": 1, "num_threads": 1, "total_timesteps": 320}
 OWN = {"maml_trpo": {"hidden_size": 8}}  # 4 tasks x 2 episodes x 10 steps, before and after adaptation
 OWN["rl2"] = {"hidden_size": 8, "meta_batch_size": 8, "num_minibatches": 2}
+# pearl: 160 steps too, 4 x 2 x 10 x 2 (prior and posterior phase), the first of them before any gradient step
+OWN["pearl"] = {"num_train_tasks": 4, "picked_tasks": 4, "initial_steps": 40, "prior_steps": 20, "posterior_steps": 20}
+OWN["pearl"] |= {
+    "extra_steps": 0,
+    "warmup_iterations": 1,
+    "warmup_gradient_steps": 2,
+    "gradient_steps": 2,
+    "batch_size": 8,
+    "context_size": 16,
+    "replay_size": 500,
+}
+OWN["pearl"] |= {"hidden_size": 8, "encoder_size": 8}
 
 
 def to_argv(flags):

@@ -37,7 +37,20 @@ BAD_MAML += [("init_std", 0)]
 BAD_MAML += [("hidden_size", 0), ("num_inner_steps", 0), ("cg_iters", 0), ("cg_damping", -1), ("gae_lambda", 1.5)]
 BAD_RL2 = [("hidden_size", 0), ("gae_lambda", 1.5), ("learning_rate", 0), ("update_epochs", 0), ("num_minibatches", 0)]
 BAD_RL2 += [("clip_coef", 0), ("ent_coef", -1), ("vf_coef", -1), ("max_grad_norm", 0)]
-BAD_OWN = {"maml_trpo": BAD_MAML, "rl2": BAD_RL2}
+BAD_PEARL = [
+    (name, value) for name in ("picked_tasks", "initial_steps", "prior_steps", "batch_size") for value in (0, -1)
+]
+BAD_PEARL += [("posterior_steps", -1), ("extra_steps", -1), ("gradient_steps", 0), ("context_size", 0)]
+BAD_PEARL += [
+    ("learning_rate", 0),
+    ("tau", 0),
+    ("tau", 1.5),
+    ("reward_scale", 0),
+    ("kl_weight", -1),
+    ("kl_weight", "nan"),
+]
+BAD_PEARL += [("hidden_size", 0), ("encoder_size", 0), ("latent_size", 0), ("exploration_episodes", 0)]
+BAD_OWN = {"maml_trpo": BAD_MAML, "rl2": BAD_RL2, "pearl": BAD_PEARL}
 
 
 @pytest.mark.parametrize("flag, value", BAD)

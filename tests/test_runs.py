@@ -80,6 +80,8 @@ def test_what_main_returns(script, train):
 RESUMED = {"plain": {}, "a fixed set of tasks": {"num_train_tasks": 6}}
 RESUMED_OWN = {"maml_trpo": {"learned step sizes": {"learn_inner_lr": True, "num_inner_steps": 2}}}
 RESUMED_OWN["rl2"] = {"a value network": {"separate_value": True, "episodes_per_task": 2}}
+PHASES = {"prior_steps": 20, "posterior_steps": 0, "extra_steps": 20, "context_next_obs": "True"}
+RESUMED_OWN["pearl"] = {"an overwritten replay": {"replay_size": 50}, "other phases": PHASES}
 
 
 @pytest.mark.parametrize("case", ["plain", "a fixed set of tasks", "own"])
@@ -226,7 +228,7 @@ torch.set_default_dtype(torch.float64)
 import user_tasks, {name} as script
 {more}
 metrics = script.main(script.parse(script.Args))
-print("metrics", script.ranks()[0], json.dumps(metrics))
+sys.stdout.write("metrics " + str(script.ranks()[0]) + " " + json.dumps(metrics) + "\\n")
 """
 
 
