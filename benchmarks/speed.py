@@ -31,9 +31,9 @@ sys.path.insert(0, str(ROOT))
 SCRIPTS = [  # script, flags, environment steps of an iteration at most
     ("maml_trpo.py", "", 80_000),
     ("maml_trpo.py", "--env-id HalfCheetahVel-v0", 160_000),
-    ("rl2.py", "", 4_000),
-    ("rl2.py", "--env-id TabularMDP-v0", 40_000),
-    ("rl2.py", "--env-id HalfCheetahVel-v0", 160_000),
+    ("rl2.py", "", 10_000),
+    ("rl2.py", "--env-id TabularMDP-v0", 50_000),
+    ("rl2.py", "--env-id HalfCheetahVel-v0", 40_000),
 ]
 V5 = {
     "HalfCheetahVel-v0": "HalfCheetah-v5",
