@@ -50,6 +50,7 @@ BAD_PEARL += [
     ("kl_weight", "nan"),
 ]
 BAD_PEARL += [("hidden_size", 0), ("encoder_size", 0), ("latent_size", 0), ("exploration_episodes", 0)]
+BAD_PEARL += [("warmup_iterations", -1), ("warmup_gradient_steps", 0)]
 BAD_OWN = {"maml_trpo": BAD_MAML, "rl2": BAD_RL2, "pearl": BAD_PEARL}
 
 
