@@ -19,8 +19,8 @@ Train:     python rl2.py
 Resume:    python rl2.py --resume runs/NAME
 Evaluate:  python rl2.py --evaluate runs/NAME
 
-Differs from the paper in: PPO (the paper: TRPO), policy and value on one recurrent net (--separate-value: on two),
-a smaller net. The whole list: docs/rl2.md.
+Differs from the paper in: PPO (the paper: TRPO), policy and value on one recurrent net (--separate-value: on two), a
+smaller net, and a first iteration that only measures the units of observations and values. The list: docs/rl2.md.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 torch.set_num_threads(1)
 event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)  # files of one second are sorted by it, as text
 

@@ -1,20 +1,16 @@
 """benchmarks/metaworld_tasks.py: Meta-World's own splits, hidden goals, success, and a tiny run."""
 
 import pickle
-import sys
 from collections import defaultdict
 
+import metaworld_tasks
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from metaworld.policies import SawyerReachV3Policy
 
 import maml_trpo
 from maml_trpo import episode_scores, make_envs, rollout
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import metaworld_tasks
 
 ML1, ML10 = "metaworld_tasks:ML1-reach-v3", "metaworld_tasks:ML10"
 

@@ -2,13 +2,14 @@
 
 import inspect
 import itertools
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import load
 from gymnasium.spaces import Box, Discrete
+from rl2_references import bandit_optimum
 from torch import nn
 
 import rl2
@@ -387,19 +388,6 @@ def test_more_minibatches_than_trials(train, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------- the paper's task families
-
-
-@cache
-def bandit_optimum(posteriors: tuple, pulls: int) -> float:
-    """Expected reward of Bayes-optimal play; posteriors: (wins, losses) of each arm, sorted."""
-    if pulls == 0:
-        return 0.0
-    best = 0.0
-    for i, (wins, losses) in enumerate(posteriors):
-        p, rest = (wins + 1) / (wins + losses + 2), posteriors[:i] + posteriors[i + 1 :]
-        win, lose = (tuple(sorted((*rest, arm))) for arm in ((wins + 1, losses), (wins, losses + 1)))
-        best = max(best, p * (1 + bandit_optimum(win, pulls - 1)) + (1 - p) * bandit_optimum(lose, pulls - 1))
-    return best
 
 
 def test_bandits():
