@@ -1,9 +1,13 @@
-"""Adaptation curves of finished runs: the meta-test's returns to CSV, and CSVs to a figure.
+"""The meta-tests of finished runs as CSV, and tables and figures of such CSVs.
 
-    python benchmarks/plot.py csv runs/NAME benchmarks/results/NAME.csv
-    python benchmarks/plot.py figure docs/figures/NAME.png benchmarks/results/SEED1.csv benchmarks/results/SEED2.csv
+    python benchmarks/plot.py csv runs/NAME benchmarks/results/NAME_SEED.csv
+    python benchmarks/plot.py table TAG [TAG ...] CSV [CSV ...]    the last values, over the seeds of each label
+    python benchmarks/plot.py steps TAG VALUE CSV [CSV ...]        environment steps until TAG first reaches VALUE
+    python benchmarks/plot.py curves PNG TAG CSV [CSV ...]         TAG against environment steps, a line per label
+    python benchmarks/plot.py figure PNG CSV [CSV ...]             all returns of one label: training, adaptation curve
 
-Needs matplotlib for the second.
+A CSV's label is its name up to _SEED.csv. Over seeds: the interquartile mean and its 95% bootstrap interval (Agarwal et
+al. 2021, arXiv 2108.13264). Only the figures need matplotlib.
 """
 
 from __future__ import annotations
@@ -14,12 +18,14 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 
-def to_csv(run: str, path: str):
-    """eval/* tags of a run against global_step, one row per meta-test."""
+
+def to_csv(run: str, path: str, about: dict[str, str] | None = None):
+    """eval/* tags of a run against global_step, one row per meta-test; about: comments for the top of the file."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(run).Reload()
+    events = EventAccumulator(run, size_guidance={"scalars": 0}).Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("eval/")]
     rows = defaultdict(dict)
     for tag in tags:
@@ -27,41 +33,119 @@ def to_csv(run: str, path: str):
             rows[event.step][tag] = round(event.value, 4)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
+        file.writelines(f"# {name}: {value}\n" for name, value in (about or {}).items())
         writer = csv.DictWriter(file, ["global_step", *tags])
         writer.writeheader()
         writer.writerows({"global_step": step, **row} for step, row in sorted(rows.items()))
+
+
+def read(path: str) -> dict[str, np.ndarray]:
+    """The columns of a CSV by name."""
+    with open(path) as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+
+
+def by_label(paths: list[str]) -> dict[str, list[dict[str, np.ndarray]]]:
+    """The runs of each label, in the order of the paths."""
+    runs = defaultdict(list)
+    for path in paths:
+        runs[re.sub(r"_\d+$", "", Path(path).stem)].append(read(path))
+    return runs
+
+
+def iqm(x: np.ndarray) -> np.ndarray:
+    """Interquartile mean over the last axis: without the lowest and the highest quarter, rounded down."""
+    cut = x.shape[-1] // 4
+    return np.sort(x, -1)[..., cut : x.shape[-1] - cut].mean(-1)
+
+
+def interval(x: np.ndarray, draws: int = 5_000) -> np.ndarray:
+    """95% bootstrap interval (2, ...) of the interquartile mean over the last axis."""
+    picks = np.random.default_rng(0).integers(x.shape[-1], size=(draws, x.shape[-1]))
+    return np.percentile(iqm(np.moveaxis(x[..., picks], -2, 0)), [2.5, 97.5], axis=0)
+
+
+def summary(x: list[float]) -> str:
+    x = np.array(x)
+    low, high = interval(x)
+    return f"{iqm(x):.2f} [{low:.2f}, {high:.2f}]"
+
+
+def table(tags: list[str], paths: list[str]):
+    print(f"| label | seeds | steps | {' | '.join(tags)} |")
+    print("|-|-|-" + "|-" * len(tags) + "|")
+    for label, runs in by_label(paths).items():
+        steps = np.mean([run["global_step"][-1] for run in runs])
+        cells = [summary([run[tag][-1] for run in runs]) if tag in runs[0] else "" for tag in tags]
+        print(f"| {label} | {len(runs)} | {steps:,.0f} | {' | '.join(cells)} |")
+
+
+def steps_to(tag: str, value: float, paths: list[str]):
+    print(f"| label | steps until {tag} reaches {value:g}, by seed | the last value, by seed |\n|-|-|-|")
+    for label, runs in by_label(paths).items():
+        first = [run["global_step"][run[tag] >= value][:1] for run in runs]
+        steps = ", ".join(f"{x[0]:,.0f}" if len(x) else "never" for x in first)
+        print(f"| {label} | {steps} | {', '.join(f'{run[tag][-1]:.2f}' for run in runs)} |")
+
+
+def save(fig, png: str):
+    for axes in fig.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    Path(png).parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(png, dpi=150)
+
+
+def curves(png: str, tag: str, paths: list[str]):
+    """A line per label, with the interval over its seeds; steps on a logarithmic axis."""
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for label, runs in by_label(paths).items():
+        runs = [{name: x[~np.isnan(run[tag])] for name, x in run.items()} for run in runs]
+        first, last = (pick(run["global_step"][i] for run in runs) for pick, i in ((max, 0), (min, -1)))
+        steps = np.unique(np.concatenate([run["global_step"] for run in runs]))
+        steps = steps[(first <= steps) & (steps <= last)]
+        values = np.stack([np.interp(steps, run["global_step"], run[tag]) for run in runs], -1)
+        (line,) = axes.plot(steps, iqm(values), label=f"{label} ({len(runs)})")
+        axes.fill_between(steps, *interval(values), color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set(xscale="log", xlabel="environment steps of meta-training", ylabel=tag)
+    axes.legend(frameon=False, title="label (seeds)")
+    save(fig, png)
 
 
 def figure(png: str, paths: list[str]):
     """Left: return after n episodes during training, a line per n. Right: the adaptation curve at the end, per run."""
     import matplotlib.pyplot as plt
 
-    runs = []
-    for path in paths:
-        with open(path) as file:
-            runs.append([{name: float(x) for name, x in row.items()} for row in csv.DictReader(file)])
-    tags = {int(re.search(r"\d+", tag).group()): tag for tag in runs[0][0] if tag.startswith("eval/return")}
+    runs = [read(path) for path in paths]
+    tags = {int(re.search(r"\d+", tag).group()): tag for tag in runs[0] if tag.startswith("eval/return")}
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=[1.7, 1], layout="constrained")
     for i, (n, tag) in enumerate(sorted(tags.items())):
-        for j, rows in enumerate(runs):
-            steps = [row["global_step"] / 1e6 for row in rows]
+        for j, run in enumerate(runs):
             label = f"after {n} episodes" if j == 0 else None
-            left.plot(steps, [row[tag] for row in rows], color=f"C{i}", alpha=0.9 if j == 0 else 0.5, label=label)
-    for rows in runs:
-        right.plot(sorted(tags), [rows[-1][tags[n]] for n in sorted(tags)], "o-", color="0.3", alpha=0.8)
+            left.plot(run["global_step"] / 1e6, run[tag], color=f"C{i}", alpha=0.9 if j == 0 else 0.5, label=label)
+    for run in runs:
+        right.plot(sorted(tags), [run[tags[n]][-1] for n in sorted(tags)], "o-", color="0.3", alpha=0.8)
     left.set(xlabel="million environment steps of meta-training", ylabel="return on held-out tasks")
     right.set(xlabel="episodes of the new task", xticks=sorted(tags), title="at the end, a line per seed")
     left.legend(frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    Path(png).parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(png, dpi=150)
+    save(fig, png)
 
 
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["csv", run, path]:
             to_csv(run, path)
+        case ["table", *names] if names and names[-1].endswith(".csv"):
+            table(
+                [name for name in names if "/" in name and not name.endswith(".csv")],
+                [n for n in names if n.endswith(".csv")],
+            )
+        case ["steps", tag, value, *paths] if paths:
+            steps_to(tag, float(value), paths)
+        case ["curves", png, tag, *paths] if paths:
+            curves(png, tag, paths)
         case ["figure", png, *paths] if paths:
             figure(png, paths)
         case _:

@@ -1,0 +1,93 @@
+"""benchmarks/run.py and plot.py: a list becomes CSVs once, and what is computed from them is right."""
+
+import importlib.util
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, to_argv
+
+
+def load_module(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+plot, run = load_module("plot"), load_module("run")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A house of its own, with one script, for the runs and results."""
+    (tmp_path / "maml_trpo.py").write_bytes((ROOT / "maml_trpo.py").read_bytes())
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_a_list_becomes_csvs(place):
+    command = " ".join(["maml_trpo.py", *to_argv(TINY | {"hidden_size": 8, "eval_every": 1})])
+    (place / "some.txt").write_text(f"# comment\n\nb | 1-2 | {command}\na | 3 | {command}\n")
+    found = run.experiments(place / "some.txt")
+    assert [one[:2] for one in found] == [("b", 1), ("b", 2), ("a", 3)]
+    assert run.run("some", *found[0]).startswith("b_1: done in")
+    path = place / "benchmarks" / "results" / "some" / "b_1.csv"
+    lines = path.read_text().splitlines()
+    assert f"# command: python {command} --seed 1" in lines and lines[3].startswith("# seconds: ")
+    rows = plot.read(path)
+    assert list(rows["global_step"]) == [160, 320] and np.isfinite(rows["eval/return_after_2_episodes"]).all()
+    assert run.run("some", *found[0]) == "b_1: was done"
+    path.unlink()
+    assert "complete" in run.run("some", *found[0])  # it would go on from the checkpoint
+    assert run.run("some", "bad", 1, ["maml_trpo.py", "--gamma", "2"]).startswith("bad_1: not finished (error: --gamma")
+    assert not path.with_name("bad_1.csv").exists()
+
+
+def test_a_run_that_was_stopped_goes_on(place, monkeypatch):
+    command = ["maml_trpo.py", *to_argv(TINY | {"hidden_size": 8, "total_timesteps": 800})]
+    whole, attempts = subprocess.run, []
+
+    def stop_the_first(argv, **kwargs):
+        if kwargs.get("cwd"):
+            attempts.append(argv)
+            if len(attempts) == 1:  # as a signal after the second iteration would
+                done = whole([*argv, "--total-timesteps", "320"], **kwargs)
+                kwargs["stdout"].write("stopped; --resume runs/NAME goes on from here\n")
+                return done
+            argv = [*argv, "--total-timesteps", "800"]
+        return whole(argv, **kwargs)
+
+    monkeypatch.setattr(subprocess, "run", stop_the_first)
+    assert run.run("some", "a", 1, command).startswith("a_1: not finished (stopped")
+    assert run.run("some", "a", 1, command).startswith("a_1: done in")
+    assert "--resume" in attempts[1] and "--seed" not in attempts[1]
+    assert plot.read(place / "benchmarks" / "results" / "some" / "a_1.csv")["global_step"][-1] == 800
+
+
+def test_statistics(tmp_path, capsys):
+    assert plot.iqm(np.array([100.0, 1, 2, 3, -50])) == 2  # one cut from each end
+    assert plot.iqm(np.array([1.0, 2, 9])) == 4
+    x = np.random.default_rng(1).normal(size=(200, 400))  # 200 experiments of 400 seeds
+    low, high = plot.interval(x, draws=300)
+    assert (low < plot.iqm(x)).all() and (plot.iqm(x) < high).all()
+    assert 0.88 < ((low < 0) & (0 < high)).mean() < 1
+    for seed, last in ((1, 5.0), (2, 7.0)):
+        rows = f"# seconds: 3\nglobal_step,eval/a,eval/b\n10,1,2\n20,3,\n30,{last},4\n"
+        (tmp_path / f"x_{seed}.csv").write_text(rows)
+    paths = sorted(map(str, tmp_path.glob("*.csv")))
+    plot.table(["eval/a", "eval/c"], paths)
+    assert "| x | 2 | 30 | 6.00 [5.00, 7.00] |  |" in capsys.readouterr().out
+    plot.steps_to("eval/a", 6, paths)
+    assert "| x | never, 30 | 5.00, 7.00 |" in capsys.readouterr().out
+
+
+def test_figures(tmp_path):
+    pytest.importorskip("matplotlib").use("Agg")
+    for seed in (1, 2):
+        rows = f"global_step,eval/return_after_0_episodes\n{10 * seed},1\n20,\n30,{seed}\n"
+        (tmp_path / f"x_{seed}.csv").write_text(rows)
+    paths = sorted(map(str, tmp_path.glob("*.csv")))
+    plot.curves(str(tmp_path / "a.png"), "eval/return_after_0_episodes", paths)
+    plot.figure(str(tmp_path / "b.png"), paths)
+    assert (tmp_path / "a.png").stat().st_size > 5000 and (tmp_path / "b.png").stat().st_size > 5000
