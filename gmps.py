@@ -126,7 +126,7 @@ class Args:
     """discount per step of the SAC expert"""
     expert_reward_scale: float = 30.0
     """factor on the SAC expert's reward; the entropy has the weight 1"""
-    expert_tau: float = 0.01
+    tau: float = 0.01
     """share of the SAC expert's critics in their targets, per gradient step"""
     hidden_size: int = 64
     """units in each hidden layer of the policy and of the SAC expert"""
@@ -482,7 +482,7 @@ def main(args: Args) -> dict[str, float]:
         replay = Replay(len(ids), capacity, sum(widths), device)
         learn = partial(
             train_expert, expert, optimizers, replay, own_tasks, args.expert_gradient_steps, args.expert_batch_size,
-            widths, gamma=args.expert_gamma, reward_scale=args.expert_reward_scale, tau=args.expert_tau,
+            widths, gamma=args.expert_gamma, reward_scale=args.expert_reward_scale, tau=args.tau,
         )  # fmt: skip
         act = expert.mean_action
     elif args.expert == "scripted":
@@ -1030,6 +1030,7 @@ def join(x: torch.Tensor) -> torch.Tensor:
 
 MAY_BE_ZERO = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps"}
 MAY_BE_ZERO |= {"gae_lambda", "cg_damping", "ent_coef"}
+MAY_BE_ZERO |= {"bias_size", "expert_noise", "importance_clip"}
 MAY_BE_ZERO |= {"posterior_steps", "extra_steps", "warmup_iterations", "kl_weight", "regularization"}
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "num_threads", "eval_every", "checkpoint_every"}
 MAY_CHANGE_TO_EVALUATE = {"num_test_tasks", "num_eval_steps", "eval_episodes", "deterministic_eval", "test_reward"}
@@ -1093,7 +1094,7 @@ def setup(args) -> torch.device:
         flag, zero = f"--{name.replace('_', '-')} {value}", name in MAY_BE_ZERO
         if type(value) in (int, float) and not (0 < value < math.inf or (zero and value == 0)):
             fail(f"{flag}: must be {'0 or more' if zero else 'above 0'}")
-        if name in ("gamma", "gae_lambda", "tau") and value > 1:
+        if name in ("gamma", "gae_lambda", "tau", "expert_gamma") and value > 1:
             fail(f"{flag}: must be at most 1")
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")

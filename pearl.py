@@ -992,6 +992,7 @@ def join(x: torch.Tensor) -> torch.Tensor:
 
 MAY_BE_ZERO = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps"}
 MAY_BE_ZERO |= {"gae_lambda", "cg_damping", "ent_coef"}
+MAY_BE_ZERO |= {"bias_size", "expert_noise", "importance_clip"}
 MAY_BE_ZERO |= {"posterior_steps", "extra_steps", "warmup_iterations", "kl_weight", "regularization"}
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "num_threads", "eval_every", "checkpoint_every"}
 MAY_CHANGE_TO_EVALUATE = {"num_test_tasks", "num_eval_steps", "eval_episodes", "deterministic_eval", "test_reward"}
@@ -1055,7 +1056,7 @@ def setup(args) -> torch.device:
         flag, zero = f"--{name.replace('_', '-')} {value}", name in MAY_BE_ZERO
         if type(value) in (int, float) and not (0 < value < math.inf or (zero and value == 0)):
             fail(f"{flag}: must be {'0 or more' if zero else 'above 0'}")
-        if name in ("gamma", "gae_lambda", "tau") and value > 1:
+        if name in ("gamma", "gae_lambda", "tau", "expert_gamma") and value > 1:
             fail(f"{flag}: must be at most 1")
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")

@@ -14,13 +14,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = {
-    "tasks": ["maml_trpo.py", "pearl.py", "rl2.py"],
-    "run": ["maml_trpo.py", "pearl.py", "rl2.py"],
-    "rollout": ["maml_trpo.py", "pearl.py"],
-    "advantages": ["maml_trpo.py", "rl2.py"],
-    "baseline": ["maml_trpo.py"],
+    "tasks": ["gmps.py", "maml_trpo.py", "pearl.py", "rl2.py"],
+    "run": ["gmps.py", "maml_trpo.py", "pearl.py", "rl2.py"],
+    "rollout": ["gmps.py", "maml_trpo.py", "pearl.py"],
+    "advantages": ["gmps.py", "maml_trpo.py", "rl2.py"],
+    "baseline": ["gmps.py", "maml_trpo.py"],
     "trpo": ["maml_trpo.py"],
-    "sac": ["pearl.py"],
+    "sac": ["gmps.py", "pearl.py"],
 }
 EACH_ITS_OWN = {"Args", "Policy", "Agent", "collect", "evaluate", "main"}
 THIRD_PARTY = {"torch", "numpy", "gymnasium", "tyro", "tqdm", "mujoco", "tensorboard"}
