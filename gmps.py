@@ -67,7 +67,7 @@ class Args:
     """seed of the initial parameters, episodes and draws from the data"""
     task_seed: int = 0
     """seed of the task draws: training and held-out tasks depend on nothing else"""
-    total_timesteps: int = 130_000
+    total_timesteps: int = 90_000
     """environment steps of training, those of the expert included, meta-test excluded"""
     meta_batch_size: int = 20
     """N, tasks per round"""
@@ -112,7 +112,7 @@ class Args:
     """.npz file of demonstrations, for --expert demos (docs/gmps.md)"""
     dagger: bool = True
     """let the expert label the states that adapted policies visit (there is nobody to ask with --expert demos)"""
-    expert_timesteps: int = 30_000
+    expert_timesteps: int = 10_000
     """environment steps that the SAC expert is trained on"""
     expert_episodes: int = 5
     """episodes per training task: of an iteration of the SAC expert, of the demonstrations, and of DAgger in a round"""
@@ -182,17 +182,31 @@ class Policy(nn.Module):
         return torch.cat([mean, self.log_std.clamp(min=math.log(1e-6)).expand_as(mean)], -1)
 
 
-class Expert(nn.Module):
-    """SAC that reads the true task beside the observation; tasks: (M, task size), those of training."""
+# --------------------------------------------------------------------------------------------------------- the experts
 
-    def __init__(self, obs_size: int, action_size: int, hidden_size: int, tasks: torch.Tensor):
+
+class Expert(nn.Module):
+    """(1) SAC that reads the true task beside the observation, for all training tasks at once.
+
+    tasks: (all of them, task size), of which this rank owns M; its replay keeps their transitions, as rows of COLUMNS.
+    """
+
+    COLUMNS: ClassVar = ("obs", "actions", "rewards", "next_obs", "terminated")
+
+    def __init__(self, tasks, obs_size, action_size, hidden_size, capacity, learning_rate, gamma, reward_scale, tau):
         super().__init__()
-        scale = tasks.std(0, correction=0)
-        self.mean, self.scale = tasks.mean(0), torch.where(scale > 0, scale, 1)
+        self.gamma, self.reward_scale, self.tau = gamma, reward_scale, tau
+        scale, self.num_tasks = tasks.std(0, correction=0), len(tasks)
+        self.mean, self.scale, self.tasks = tasks.mean(0), torch.where(scale > 0, scale, 1), tasks[shard(len(tasks))]
         inputs, self.action_size = obs_size + tasks.shape[1], action_size
         self.actor = MLP(inputs, hidden_size, 2 * action_size, last=1e-3)
         self.critics = MLP(inputs + action_size, hidden_size, 1, stack=2)
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
+        self.to(tasks.device)
+        adam = partial(torch.optim.Adam, lr=learning_rate, fused=True)
+        self.optimizers = {"critics": adam(self.critics.parameters()), "actor": adam(self.actor.parameters())}
+        self.widths = [obs_size, action_size, 1, obs_size, 1]  # of COLUMNS
+        self.replay = Replay(len(self.tasks), capacity, sum(self.widths), tasks.device)
 
     def act(self, obs, task, noise) -> tuple[torch.Tensor, ...]:
         """obs (..., O), task (..., task size), noise (..., A) -> action (..., A), its log-probability (...), …"""
@@ -206,38 +220,43 @@ class Expert(nn.Module):
         x = torch.cat([obs, (task - self.mean) / self.scale, action], -1)
         return critics(x.expand(2, *x.shape)).squeeze(-1)
 
+    def step(self, batch, task, noise) -> torch.Tensor:
+        """A gradient step; batch: the COLUMNS (M, B, ...), task (M, B, task size), noise (2, M, B, A)."""
+        obs, actions, rewards, next_obs, terminated = batch
+        with torch.no_grad():
+            next_actions, next_logprobs, *_ = self.act(next_obs, task, noise[0])
+            next_values = self.values(self.targets, next_obs, task, next_actions)
+            rewards, terminated = self.reward_scale * rewards.squeeze(-1), terminated.squeeze(-1)
+            y = soft_target(rewards, terminated, next_values, next_logprobs, self.gamma)
+        qf_loss = (self.values(self.critics, obs, task, actions) - y).square().mean((1, 2)).sum()
+        apply_gradient(self.optimizers["critics"], qf_loss)
+        actions, logprobs, *_ = self.act(obs, task, noise[1])
+        actor_loss = (logprobs - self.values(self.critics, obs, task, actions).amin(0)).mean()
+        apply_gradient(self.optimizers["actor"], actor_loss)
+        follow(self.targets, self.critics, self.tau)
+        return torch.stack([qf_loss, actor_loss, -logprobs.mean()]).detach()
 
-# --------------------------------------------------------------------------------------------------------- the experts
+    def learn(self, num_steps, batch_size, generator) -> dict[str, float]:
+        """num_steps gradient steps, each on batch_size transitions of every task; returns means of what they say."""
+        device, total = self.tasks.device, 0
+        ids, task = torch.arange(len(self.tasks), device=device), self.tasks.unsqueeze(1).expand(-1, batch_size, -1)
+        for _ in range(num_steps):
+            batch = draw(self.replay, ids, batch_size, generator).split(self.widths, -1)
+            shape = (2, self.num_tasks, batch_size, self.action_size)
+            noise = torch.randn(shape, generator=generator, device=device)[:, shard(self.num_tasks)]
+            total += self.step(batch, task, noise)
+        means = (all_reduce(total) / num_steps / ranks()[1]).tolist()
+        return dict(zip(("expert/qf_loss", "expert/actor_loss", "expert/entropy"), means, strict=True))
 
-COLUMNS = ["obs", "actions", "rewards", "next_obs", "terminated"]  # of the SAC expert's replay
-LOSSES = ["qf_loss", "actor_loss", "entropy"]
+    def state(self) -> dict:
+        moments = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        return {"networks": self.state_dict(), "optimizers": moments, "replay": self.replay.state()}
 
-
-def expert_step(expert, optimizers, batch, task, noise, gamma, reward_scale, tau) -> torch.Tensor:
-    """(1) One gradient step of SAC; batch: the COLUMNS (M, B, ...), task (M, B, task size), noise 2 x (M, B, A)."""
-    obs, actions, rewards, next_obs, terminated = batch
-    with torch.no_grad():
-        next_actions, next_logprobs, *_ = expert.act(next_obs, task, noise[0])
-        next_values = expert.values(expert.targets, next_obs, task, next_actions)
-        y = soft_target(reward_scale * rewards.squeeze(-1), terminated.squeeze(-1), next_values, next_logprobs, gamma)
-    qf_loss = (expert.values(expert.critics, obs, task, actions) - y).square().mean((1, 2)).sum()
-    apply_gradient(optimizers["critics"], qf_loss)
-    actions, logprobs, *_ = expert.act(obs, task, noise[1])
-    actor_loss = (logprobs - expert.values(expert.critics, obs, task, actions).amin(0)).mean()
-    apply_gradient(optimizers["actor"], actor_loss)
-    follow(expert.targets, expert.critics, tau)
-    return torch.stack([qf_loss, actor_loss, -logprobs.mean()]).detach()
-
-
-def train_expert(expert, optimizers, replay, tasks, num_steps, batch_size, widths, generator, **settings):
-    """(1) num_steps of expert_step on this rank's tasks (M, task size); widths: of the COLUMNS. Its mean values."""
-    ids, num_tasks = torch.arange(len(tasks), device=tasks.device), len(tasks) * ranks()[1]
-    task, total = tasks.unsqueeze(1).expand(-1, batch_size, -1), 0
-    for _ in range(num_steps):
-        batch = draw(replay, ids, batch_size, generator).split(widths, -1)
-        noise = torch.randn(2, num_tasks, batch_size, widths[1], generator=generator, device=tasks.device)
-        total += expert_step(expert, optimizers, batch, task, noise[:, shard(num_tasks)], **settings)
-    return total / num_steps
+    def load(self, state: dict):
+        self.load_state_dict(state["networks"])
+        self.replay.load(state["replay"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
 
 
 def scripted_expert(envs):
@@ -267,26 +286,33 @@ def label(batch, tasks, act) -> torch.Tensor:
     return labels
 
 
-def load_demos(path: str, obs_size: int, action_size: int, task_shape: tuple) -> dict[str, np.ndarray]:
-    """The arrays of a file of demonstrations; ends the program if they are not as docs/gmps.md says."""
+def load_demos(path: str, obs_size: int, action_size: int, task_shape: tuple) -> tuple[np.ndarray, ...]:
+    """Tasks (M, task size) of a file of demonstrations, their rows of obs and action (M, B, O + A), and a mask (M, B).
+
+    Ends the program if the file is not as docs/gmps.md says.
+    """
     names = "observations", "actions", "task_index", "tasks"
     try:
         with np.load(path) as file:
-            demos = {name: file[name] for name in names}
+            obs, actions, index, tasks = arrays = [file[name] for name in names]
     except Exception as error:  # a file of another kind raises almost anything
         fail(f"--demos {path}: no .npz file with the arrays {', '.join(names)} ({type(error).__name__})")
-    steps, num_tasks = demos["observations"].shape[:1], demos["tasks"].shape[:1]
-    shapes = [(*steps, obs_size), (*steps, action_size), steps, (*num_tasks, *task_shape)]
-    for name, shape in zip(names, shapes, strict=True):
-        if demos[name].shape != shape or demos[name].dtype.kind not in "biuf":
-            fail(f"--demos {path}: {name} is {demos[name].dtype} {demos[name].shape}, not numbers of shape {shape}")
-        if not np.isfinite(demos[name]).all():
-            fail(f"--demos {path}: {name} is not finite in row {np.argwhere(~np.isfinite(demos[name]))[0][0]}")
-    if (np.abs(demos["actions"]) > 1 + 1e-6).any():
-        fail(f"--demos {path}: actions range to {np.abs(demos['actions']).max():.3g}; they must be in [-1, 1]")
-    if not np.array_equal(np.unique(demos["task_index"]), np.arange(*num_tasks)):
-        fail(f"--demos {path}: task_index must hold every row of tasks, 0 to {len(demos['tasks']) - 1}, and no other")
-    return demos
+    steps, num_tasks = obs.shape[:1], tasks.shape[:1]
+    shapes = (*steps, obs_size), (*steps, action_size), steps, (*num_tasks, *task_shape)
+    for name, x, shape in zip(names, arrays, shapes, strict=True):
+        if x.shape != shape or x.dtype.kind not in "biuf":
+            fail(f"--demos {path}: {name} is {x.dtype} {x.shape}, not numbers of shape {shape}")
+        if not np.isfinite(x).all():
+            fail(f"--demos {path}: {name} is not finite in row {np.argwhere(~np.isfinite(x))[0][0]}")
+    if np.abs(actions).max(initial=0) > 1 + 1e-6:
+        fail(f"--demos {path}: actions reach {np.abs(actions).max():.4g} in absolute value; they must be in [-1, 1]")
+    if not np.array_equal(np.unique(index), np.arange(len(tasks))):
+        fail(f"--demos {path}: task_index must name every row of tasks, 0 to {len(tasks) - 1}, and no other")
+    count = np.bincount(index.astype(int))
+    mask = np.arange(count.max()) < count[:, None]
+    rows = np.zeros((*mask.shape, obs_size + action_size))
+    rows[mask] = np.hstack([obs, actions])[np.argsort(index, kind="stable")]
+    return tasks, rows, mask
 
 
 # ------------------------------------------------------------------------------------------------------- the algorithm
@@ -406,37 +432,42 @@ def main(args: Args) -> dict[str, float]:
     iteration, global_step = checkpoint.get("iteration", 0), checkpoint.get("global_step", 0)
     if args.resume and global_step >= args.total_timesteps:
         fail(f"{args.resume} is complete: give more --total-timesteps, or --evaluate it")
-    n, num_tasks, num_ranks = args.meta_batch_size, args.num_train_tasks, ranks()[1]
-    if not num_tasks:
-        fail("--num-train-tasks 0: every training task has an expert, so that there must be a set of them")
-    if n > num_tasks or num_tasks % num_ranks:
-        fail(f"--num-train-tasks {num_tasks}: less than --meta-batch-size {n}, or not divisible by {num_ranks} ranks")
+    n, num_tasks, own = args.meta_batch_size, args.num_train_tasks, shard(args.num_train_tasks)
+    if num_tasks < n:
+        fail(f"--num-train-tasks {num_tasks}: less than --meta-batch-size {n}, and every task needs an expert")
+    if num_tasks % ranks()[1]:
+        fail(f"--num-train-tasks {num_tasks}: not divisible by the {ranks()[1]} ranks")
     if 0 < args.importance_clip < 1:
-        fail(f"--importance-clip {args.importance_clip}: must be 0 or at least 1")
+        fail(f"--importance-clip {args.importance_clip}: must be 0, or 1 or more")
     if bool(args.demos) != (args.expert == "demos"):
         fail("--expert demos and --demos FILE go together")
 
     # tasks, and environments with a lane per episode; each rank has its share of the tasks and lanes
-    num_eval_episodes, own = args.eval_episodes or args.episodes_per_task, shard(num_tasks)
-    make = lambda lanes: make_envs(args.env_id, lanes, args.num_threads, shard(lanes))  # noqa: E731
-    lanes, eval_lanes = n * args.episodes_per_task, n * num_eval_episodes
-    envs = make(lanes)
+    def make(lanes):
+        return make_envs(args.env_id, lanes, args.num_threads, shard(lanes))
+
+    num_eval_episodes = args.eval_episodes or args.episodes_per_task
+    envs = make(n * args.episodes_per_task)
     if isinstance(envs.single_action_space, gym.spaces.Discrete):
         fail(f"{args.env_id} has Discrete actions; gmps.py needs Box")
+    eval_envs = envs if num_eval_episodes == args.episodes_per_task else make(n * num_eval_episodes)
     horizon = args.horizon or envs.horizon or fail(f"{args.env_id} has no time limit of its own: give --horizon")
     obs_size, action_size = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     num_test_tasks = args.num_test_tasks or (200 if args.env_id in POINT_FAMILIES else 40)
     test_tasks = envs.sample_test_tasks(num_test_tasks, np.random.default_rng([args.task_seed, 1]))
     train_tasks = envs.sample_tasks(num_tasks, np.random.default_rng([args.task_seed, 0]))
+    if "sparse" in (args.train_reward, args.test_reward):
+        require_sparse_reward(envs, test_tasks[:1])
+    at_once = args.expert_episodes * horizon  # labelled states of a task
     if checkpoint:
         train_tasks = checkpoint["tasks"].numpy()
     elif args.demos:
-        demos = load_demos(args.demos, obs_size, action_size, train_tasks.shape[1:])
-        train_tasks = demos["tasks"]
+        train_tasks, rows, mask = load_demos(args.demos, obs_size, action_size, train_tasks.shape[1:])
+        at_once = mask.shape[1]
         if len(train_tasks) != num_tasks:
             fail(f"--num-train-tasks {num_tasks}: {args.demos} has demonstrations of {len(train_tasks)} tasks")
-    if "sparse" in (args.train_reward, args.test_reward):
-        require_sparse_reward(envs, test_tasks[:1])
+    if args.dataset_size < at_once:
+        fail(f"--dataset-size {args.dataset_size}: less than the {at_once} states of a task that are added at once")
 
     # meta-parameters: θ, and α for each of those that the inner step changes
     policy = Policy(obs_size, action_size, args.hidden_size, args.bias_size, args.init_std)
@@ -446,135 +477,113 @@ def main(args: Args) -> dict[str, float]:
     meta = {name: p.to(device).requires_grad_() for name, p in (checkpoint["meta"] if checkpoint else meta).items()}
     theta = {name: p for name, p in meta.items() if not name.startswith("lr.")}
     lr = {name: meta[f"lr.{name}"] for name in adapted}
-    adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True)
 
     # the functions above with this run's settings
     sampling = {"policy": policy, "horizon": horizon, "gamma": args.gamma, "gae_lambda": args.gae_lambda}
     collect_train = partial(collect, reward=args.train_reward, **sampling)
-    inner = {"policy": policy, "importance_clip": args.importance_clip}
-    eval_envs = make(eval_lanes) if eval_lanes != lanes else envs
     collect_test = partial(collect, envs=eval_envs, reward=args.test_reward, **sampling)
+    inner = {"policy": policy, "importance_clip": args.importance_clip}
     meta_test = partial(
-        evaluate,
-        theta,
-        lr,
-        test_tasks,
-        collect_test,
-        partial(adapt, **inner),
-        n,
-        args.num_eval_steps,
-        args.seed,
-        args.deterministic_eval,
-    )
+        evaluate, theta, lr, test_tasks, collect_test, partial(adapt, **inner), n, args.num_eval_steps, args.seed,
+        deterministic=args.deterministic_eval,
+    )  # fmt: skip
     if args.evaluate:
         return report(meta_test(), num_eval_episodes, show=True)
-    optimizers = {"meta": adam(meta.values())}
 
     # the expert, and the D_i of this rank's tasks
     tensor = partial(torch.as_tensor, dtype=torch.get_default_dtype(), device=device)
-    data = Replay(num_tasks // num_ranks, args.dataset_size, obs_size + action_size, device)
-    ids, own_tasks = torch.arange(num_tasks // num_ranks, device=device), tensor(train_tasks)[own]
+    optimizer = torch.optim.Adam(meta.values(), lr=args.learning_rate, fused=True)
+    ids, own_tasks = torch.arange(own.stop - own.start, device=device), tensor(train_tasks)[own]
+    data = Replay(len(ids), args.dataset_size, obs_size + action_size, device)
     if args.expert == "sac":
-        expert = Expert(obs_size, action_size, args.hidden_size, tensor(train_tasks)).to(device)
-        optimizers |= {"critics": adam(expert.critics.parameters()), "actor": adam(expert.actor.parameters())}
-        widths = [obs_size, action_size, 1, obs_size, 1]  # of COLUMNS
-        capacity = 2 * math.ceil(args.expert_timesteps / num_tasks) + args.expert_episodes * horizon
-        replay = Replay(len(ids), capacity, sum(widths), device)
-        learn = partial(
-            train_expert, expert, optimizers, replay, own_tasks, args.expert_gradient_steps, args.expert_batch_size,
-            widths, gamma=args.expert_gamma, reward_scale=args.expert_reward_scale, tau=args.tau,
-        )  # fmt: skip
-        act = expert.mean_action
-    elif args.expert == "scripted":
-        act = scripted_expert(envs)
-    elif not checkpoint:
-        for i in ids:
-            mine = demos["task_index"] == own.start + int(i)
-            rows = tensor(np.hstack([demos["observations"][mine], demos["actions"][mine]])).unsqueeze(0)
-            data.add(i.unsqueeze(0), rows, torch.ones_like(rows[..., 0]))
+        capacity = 2 * math.ceil(args.expert_timesteps / num_tasks) + at_once
+        sizes = (obs_size, action_size, args.hidden_size, capacity)
+        sac = Expert(
+            tensor(train_tasks), *sizes, args.learning_rate, args.expert_gamma, args.expert_reward_scale, args.tau
+        )
     if args.expert != "demos":
-        expert_envs = make(num_tasks * args.expert_episodes)
+        act = sac.mean_action if args.expert == "sac" else scripted_expert(envs)
+        lane_tasks, expert_envs = (
+            own_tasks.repeat_interleave(args.expert_episodes, 0),
+            make(num_tasks * args.expert_episodes),
+        )
         dagger_envs = make(n * args.expert_episodes) if n < num_tasks else expert_envs
         demonstrate = partial(episodes, tasks=train_tasks[own], envs=expert_envs, horizon=horizon, device=device)
-        lane_tasks = own_tasks.repeat_interleave(args.expert_episodes, 0)
+    elif not checkpoint:
+        data.add(ids, tensor(rows[own]), tensor(mask[own]))
     if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
         data.load(checkpoint["data"])
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(checkpoint["optimizers"][name])
-        if args.expert == "sac":
-            expert.load_state_dict(checkpoint["expert"])
-            replay.load(checkpoint["replay"])
+    if checkpoint and args.expert == "sac":
+        sac.load(checkpoint["sac"])
 
     def state():
-        saved = {"meta": {name: p.detach() for name, p in meta.items()}, "tasks": torch.from_numpy(train_tasks)}
-        saved |= {"optimizers": {name: x.state_dict() for name, x in optimizers.items()}, "data": data.state()}
-        return saved | ({"expert": expert.state_dict(), "replay": replay.state()} if args.expert == "sac" else {})
+        saved = {"meta": {name: p.detach() for name, p in meta.items()}, "optimizer": optimizer.state_dict()}
+        saved |= {"tasks": torch.from_numpy(train_tasks), "data": data.state()}
+        return saved | ({"sac": sac.state()} if args.expert == "sac" else {})
 
     with closing(Run(args, global_step)) as run:
         while global_step < args.total_timesteps and not run.stopping():
             iteration, start, metrics = iteration + 1, time.perf_counter(), {}
-            rng = partial(keyed_rng, args.seed, "train", iteration)
-            generator = torch.Generator(device)
+            rng, generator = partial(keyed_rng, args.seed, "train", iteration), torch.Generator(device)
             generator.manual_seed(int(keyed_rng(args.seed, "update", iteration).integers(2**63)))
-
             demonstrated = bool(data.count.any())
-            if not demonstrated and args.expert == "sac":
-                # (1) collect with the expert, and train it
-                batch = demonstrate(lambda obs, noise: expert.act(obs, lane_tasks, noise)[0], rng=rng(0))
-                add_rows(replay, ids, batch, COLUMNS)
-                global_step += int(all_reduce(batch["mask"].sum()))
-                metrics["expert/return"] = task_mean(episode_scores(batch)["return"])
-                collected, losses = time.perf_counter(), (all_reduce(learn(generator=generator)) / num_ranks).tolist()
-                metrics |= {f"expert/{name}": x for name, x in zip(LOSSES, losses, strict=True)}
-                metrics |= {"time/collect": collected - start, "time/update": time.perf_counter() - collected}
 
+            # (1) collect with the expert, and train it
+            if not demonstrated and args.expert == "sac":
+                batch = demonstrate(lambda obs, noise: sac.act(obs, lane_tasks, noise)[0], rng=rng(0))
+                add_rows(sac.replay, ids, batch, sac.COLUMNS)
+                global_step += int(all_reduce(batch["mask"].sum()))
+                metrics["expert/return"], collected = task_mean(episode_scores(batch)["return"]), time.perf_counter()
+                metrics |= sac.learn(args.expert_gradient_steps, args.expert_batch_size, generator)
+
+            # (2) demonstrations
             if not demonstrated and (args.expert != "sac" or global_step >= args.expert_timesteps):
-                # (2) demonstrations
                 batch = demonstrate(lambda obs, noise: act(obs, lane_tasks) + args.expert_noise * noise, rng=rng(1))
-                batch["labels"] = label(batch, own_tasks, act)
+                batch["labels"], collected = label(batch, own_tasks, act), time.perf_counter()
                 add_rows(data, ids, batch, ["obs", "labels"])
                 global_step += int(all_reduce(batch["mask"].sum()))
                 metrics["expert/demonstration_return"] = task_mean(episode_scores(batch)["return"])
 
+            # (3) a batch of episodes, in one of each num_tasks / n neighbouring tasks, in turn
             if demonstrated:
-                # (3) a batch of episodes, in one task out of each n-th of them
                 firsts = np.arange(n + 1) * num_tasks // n
                 picked = (firsts[:-1] + iteration % np.diff(firsts))[shard(n)]
-                tasks, local = train_tasks[picked], torch.as_tensor(picked - own.start, device=device)
+                tasks, picked = train_tasks[picked], torch.as_tensor(picked - own.start, device=device)
                 params = {name: p.detach().expand(len(tasks), *p.shape) for name, p in theta.items()}
                 batch = collect_train(params, tasks, rng(2), envs)
                 global_step += int(all_reduce(batch["mask"].sum()))
                 metrics["charts/pre_adaptation_return"] = task_mean(episode_scores(batch)["return"])
 
-                # (4) DAgger
-                if args.dagger and args.expert != "demos":
-                    with torch.no_grad():
-                        params, _ = vmap(partial(adapt, theta, lr, **inner))(batch)
-                    visited = collect_train(params, tasks, rng(3), dagger_envs)
-                    visited["labels"] = label(visited, tensor(tasks), act)
-                    add_rows(data, local, visited, ["obs", "labels"])
-                    global_step += int(all_reduce(visited["mask"].sum()))
-                    metrics["charts/episodic_return"] = task_mean(episode_scores(visited)["return"])
-                    metrics["charts/episodic_length"] = task_mean(visited["mask"].sum(-1))
-                collected, loss, weight = time.perf_counter(), 0, torch.zeros(len(tasks), device=device)
+            # (4) DAgger
+            if demonstrated and args.dagger and args.expert != "demos":
+                with torch.no_grad():
+                    params, _ = vmap(partial(adapt, theta, lr, **inner))(batch)
+                visited = collect_train(params, tasks, rng(3), dagger_envs)
+                visited["labels"] = label(visited, tensor(tasks), act)
+                add_rows(data, picked, visited, ["obs", "labels"])
+                global_step += int(all_reduce(visited["mask"].sum()))
+                metrics["charts/episodic_return"] = task_mean(episode_scores(visited)["return"])
+                metrics["charts/episodic_length"] = task_mean(visited["mask"].sum(-1))
 
-                # (5), (6) many steps on this one batch
+            # (5), (6) many steps on this one batch
+            if demonstrated:
+                collected, loss, weight = time.perf_counter(), 0, torch.zeros(len(tasks), device=device)
                 for _ in range(args.gradient_steps):
-                    obs, labels = draw(data, local, args.batch_size, generator).split([obs_size, action_size], -1)
+                    obs, labels = draw(data, picked, args.batch_size, generator).split([obs_size, action_size], -1)
                     imitation, weights = imitation_loss(theta, lr, batch, obs, labels, **inner)
-                    apply_gradient(optimizers["meta"], imitation)
+                    apply_gradient(optimizer, imitation)
                     loss, weight = loss + imitation.detach(), torch.maximum(weight, weights)
-                weight = join(weight).amax().item()  # of all ranks
                 metrics["losses/imitation"] = task_mean(loss / args.gradient_steps)
-                metrics["losses/importance_weight"] = weight
+                metrics["losses/importance_weight"] = join(weight).amax().item()  # of all ranks
                 metrics["losses/action_std"] = theta["log_std"].exp().mean().item()
-                metrics |= {"time/collect": collected - start, "time/update": time.perf_counter() - collected}
                 if not math.isfinite(metrics["losses/imitation"]):
                     fail("the imitation loss is not finite: try a smaller --inner-lr or --learning-rate")
+            updated = time.perf_counter()
+            metrics |= {"time/collect": collected - start, "time/update": updated - collected}
 
             # log, (7) meta-test, save
-            last, updated = global_step >= args.total_timesteps, time.perf_counter()
-            if last or (demonstrated and iteration % args.eval_every == 0):
+            if global_step >= args.total_timesteps or (demonstrated and iteration % args.eval_every == 0):
                 scores = meta_test()
                 metrics |= report(scores, num_eval_episodes) | {"time/eval": time.perf_counter() - updated}
             run.log(metrics, global_step)
