@@ -3,7 +3,8 @@
     pip install metaworld && export PYTHONPATH=benchmarks
     python maml_trpo.py --env-id metaworld_tasks:ML1-reach-v3 --meta-batch-size 10 --episodes-per-task 5
 
-Goals are hidden, success is in info, and training and held-out tasks are the benchmark's own.
+Goals are hidden, success is in info, and training and held-out tasks are the benchmark's own. Experts, for gmps.py, are
+Meta-World's scripted policies.
 """
 
 from collections import defaultdict
@@ -12,8 +13,26 @@ from functools import cache, partialmethod
 import gymnasium as gym
 import metaworld
 import numpy as np
+from metaworld.policies import ENV_POLICY_MAP
 
 idle = defaultdict(list)  # simulators by class that no lane uses: each takes 20 MB and up to a second to make
+
+
+def simulator(task):
+    """One that no lane uses, in the task."""
+    make = metaworld.ALL_V3_ENVIRONMENTS[task.env_name]
+    env = idle[make].pop() if idle[make] else make()
+    env.set_task(task)
+    return env
+
+
+@cache
+def expert(task):
+    """The scripted policy of a task, and the goal, which the task's observations hide."""
+    env = simulator(task)
+    env.reset()
+    idle[type(env)].append(env)
+    return ENV_POLICY_MAP[task.env_name](), env._target_pos.copy()
 
 
 @cache
@@ -43,10 +62,11 @@ class MetaWorld(gym.Env):
     def set_task(self, task: np.ndarray):
         if hasattr(self, "env"):
             idle[type(self.env)].append(self.env)
-        chosen = self.tasks[int(task[0])][int(task[1])]
-        make = metaworld.ALL_V3_ENVIRONMENTS[chosen.env_name]
-        self.env = idle[make].pop() if idle[make] else make()
-        self.env.set_task(chosen)
+        self.env = simulator(self.tasks[int(task[0])][int(task[1])])
+
+    def expert_action(self, obs: np.ndarray, task: np.ndarray) -> np.ndarray:
+        policy, goal = expert(self.tasks[int(task[0])][int(task[1])])
+        return policy.get_action(np.concatenate([obs[:-3], goal]).astype(np.float64)).clip(-1, 1)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)

@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import load
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
@@ -268,3 +269,317 @@ def test_padding_is_without_influence(double):
     after, again = module.imitation_loss(p.theta, p.lr, p.batch, p.expert_obs, p.labels, **p.settings)
     torch.testing.assert_close(before, after)
     torch.testing.assert_close(weights, again)
+
+
+# --------------------------------------------------------------------------------------------------------- the experts
+
+
+def expert(tasks, **changes):
+    torch.manual_seed(0)
+    settings = {"hidden_size": 8, "capacity": 50, "learning_rate": 1e-3, "gamma": 0.9, "reward_scale": 5, "tau": 0.1}
+    return module.Expert(tasks, obs_size=2, action_size=2, **(settings | changes))
+
+
+def test_a_gradient_step_of_the_expert_in_plain_terms(double):
+    """Twin critics towards the soft target, then the actor against the new critics, then the targets."""
+    tasks, batch = torch.randn(3, 1), [torch.randn(3, 6, size) for size in (2, 2, 1, 2, 1)]
+    batch[4], noise = (batch[4] > 0).double(), torch.randn(2, 3, 6, 2)
+    agent, copy = expert(tasks), expert(tasks)
+    agent.step(batch, tasks.unsqueeze(1).expand(3, 6, 1), noise)
+    obs, actions, rewards, next_obs, terminated = (x.flatten(0, 1) for x in batch)
+    task = ((tasks - tasks.mean()) / tasks.std(correction=0)).repeat_interleave(6, 0)
+
+    def act(obs, noise):
+        mean, log_std = copy.actor(torch.cat([obs, task], -1)).chunk(2, -1)
+        raw = mean + log_std.exp() * noise.flatten(0, 1)
+        density = torch.distributions.Normal(mean, log_std.exp()).log_prob(raw)
+        return raw.tanh(), (density - (1 - raw.tanh() ** 2).log()).sum(-1)
+
+    def values(critics, obs, actions):
+        x = torch.cat([obs, task, actions], -1)
+        return critics(x.expand(2, *x.shape)).squeeze(-1)
+
+    with torch.no_grad():
+        next_actions, logprobs = act(next_obs, noise[0])
+        value = values(copy.targets, next_obs, next_actions).amin(0) - logprobs
+        y = 5 * rewards[:, 0] + 0.9 * (1 - terminated[:, 0]) * value
+    old = [p.detach().clone() for p in copy.targets.parameters()]
+    for name, networks in (("critics", copy.critics), ("actor", copy.actor)):
+        if name == "critics":
+            q = values(copy.critics, obs, actions)
+            loss = ((q[0] - y) ** 2).mean() + ((q[1] - y) ** 2).mean()
+        else:
+            own_actions, logprobs = act(obs, noise[1])
+            loss = (logprobs - values(copy.critics, obs, own_actions).amin(0)).mean()
+        copy.optimizers[name].zero_grad()
+        for p, g in zip(networks.parameters(), torch.autograd.grad(loss, [*networks.parameters()]), strict=True):
+            p.grad = g
+        copy.optimizers[name].step()
+    for name in ("critics", "actor"):
+        for p, q in zip(getattr(agent, name).parameters(), getattr(copy, name).parameters(), strict=True):
+            torch.testing.assert_close(p, q)
+    for p, before, q in zip(agent.targets.parameters(), old, copy.critics.parameters(), strict=True):
+        torch.testing.assert_close(p, 0.9 * before + 0.1 * q)
+
+
+def test_the_expert_sees_the_task():
+    """Standardised; a column that is the same in all training tasks is left in its unit."""
+    tasks = torch.tensor([[10.0, 5.0], [30.0, 5.0]])
+    agent, obs = expert(tasks), torch.zeros(2, 2)
+    torch.testing.assert_close((tasks - agent.mean) / agent.scale, torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+    with torch.no_grad():
+        for p in agent.actor.parameters():
+            p.normal_()
+    assert not torch.allclose(*agent.mean_action(obs, tasks))
+    noisy = agent.act(obs, tasks, torch.randn(2, 2))[0]
+    assert (noisy.abs() <= 1).all() and not torch.allclose(noisy, agent.mean_action(obs, tasks))
+
+
+def test_scripted_experts():
+    """Straight to the goal on the point families; a user's expert_action is called for valid states only."""
+    for env_id in ("PointRobot-v0", "SparsePointRobot-v0", "Navigation2D-v0"):
+        envs = module.make_envs(env_id, 50)
+        tasks, act = envs.sample_tasks(50, np.random.default_rng(0)), module.scripted_expert(envs)
+        goal = torch.as_tensor(tasks).float()
+        batch = module.rollout(envs, lambda obs, t: act(obs, goal), tasks, 40, np.random.default_rng(1), CPU)  # noqa: B023
+        last = batch["obs"][torch.arange(50), batch["mask"].sum(1).long() - 1]
+        assert (last - goal).abs().max() < 0.11
+    envs = module.make_envs("ExpertSign-v0", 4)
+    tasks, act = envs.sample_tasks(4, np.random.default_rng(0)), module.scripted_expert(envs)
+    batch = module.episodes(lambda obs, noise: noise, tasks, np.random.default_rng(0), envs, 5, CPU)
+    assert 0 < batch["mask"].mean() < 1
+    labels = module.label(batch, torch.as_tensor(tasks).float(), act)
+    expected = torch.as_tensor(tasks).float()[:, None, None] * batch["mask"].unsqueeze(-1)
+    torch.testing.assert_close(labels, expected)
+    for env_id in ("user_tasks:Matrix-v0", "HalfCheetahDir-v0", "MultimodalNavigation2-v0"):
+        with pytest.raises(SystemExit, match=r"has no method expert_action\(obs, task\)"):
+            module.scripted_expert(module.make_envs(env_id, 1, 1))
+
+
+@pytest.mark.parametrize("answer", [[1.0, 2.0], [np.nan], []])
+def test_a_scripted_expert_with_a_fault(monkeypatch, answer):
+    monkeypatch.setattr(Sign, "expert", staticmethod(lambda obs, task: np.array(answer)))
+    with pytest.raises(SystemExit, match="must return 1 finite numbers"):
+        module.scripted_expert(module.make_envs("ExpertSign-v0", 1))(torch.ones(3, 2), torch.ones(3, 1))
+
+
+def test_labels_are_clipped_and_of_each_tasks_own_expert():
+    envs = module.make_envs("SparsePointRobot-v0", 6)
+    tasks = envs.sample_tasks(3, np.random.default_rng(0))
+    batch = module.episodes(lambda obs, noise: noise, tasks, np.random.default_rng(0), envs, 20, CPU)
+    labels = module.label(batch, torch.as_tensor(tasks).float(), module.scripted_expert(envs))
+    goal = torch.as_tensor(tasks).float()[:, None, None]
+    torch.testing.assert_close(labels, (10 * (goal - batch["obs"])).clamp(-1, 1))
+    assert (labels.abs() == 1).any() and (labels.abs() < 1).any()
+
+
+# ---------------------------------------------------------------------------------------------demonstrations in a file
+
+
+def demos_file(path, **changes):
+    rng = np.random.default_rng(0)
+    index = np.array([2, 0, 1, 3, 0, 0, 1])
+    arrays = {"observations": rng.normal(size=(7, 2)), "actions": rng.uniform(-1, 1, (7, 2)), "task_index": index}
+    arrays |= {"tasks": rng.uniform(-1, 1, (4, 2)), **changes}
+    np.savez(path, **{name: x for name, x in arrays.items() if x is not None})
+    return arrays
+
+
+def test_demonstrations_from_a_file(train, tmp_path):
+    """Rows go to their tasks, whose number and values are those of the file; a resumed run does without the file."""
+    arrays = demos_file(tmp_path / "demos.npz")
+    tasks, rows, mask = module.load_demos(tmp_path / "demos.npz", 2, 2, (2,))
+    assert mask.sum(1).tolist() == [3, 2, 1, 1] and np.array_equal(tasks, arrays["tasks"])
+    for i in range(4):
+        mine = arrays["task_index"] == i
+        expected = np.hstack([arrays["observations"][mine], arrays["actions"][mine]])
+        np.testing.assert_array_equal(rows[i][mask[i]], expected)
+    folder, metrics = train(module, expert="demos", demos="demos.npz", total_timesteps=160)
+    state = load(folder)
+    assert state["global_step"] == 160 and state["iteration"] == 2  # of 80 each: nobody to ask, so no DAgger
+    assert state["data"]["count"].tolist() == [3, 2, 1, 1] and "sac" not in state
+    np.testing.assert_array_equal(state["tasks"], arrays["tasks"])
+    assert "charts/episodic_return" not in metrics and "charts/pre_adaptation_return" in metrics
+    (tmp_path / "demos.npz").unlink()
+    train(module, resume=folder, total_timesteps=161)
+    assert load(folder)["global_step"] == 240
+
+
+@pytest.mark.parametrize(
+    "changes, part",
+    [
+        ({"actions": None}, "no .npz file with the arrays observations, actions, task_index, tasks"),
+        ({"observations": np.zeros((7, 3))}, "observations is float64 (7, 3), not numbers of shape (7, 2)"),
+        ({"actions": np.zeros((7, 1))}, "actions is"),
+        ({"actions": np.zeros((6, 2))}, "actions is"),
+        ({"actions": np.full((7, 2), 1.1)}, "actions reach 1.1"),
+        ({"actions": np.full((7, 2), -1.1)}, "actions reach 1.1"),
+        ({"observations": np.array([[0, 0]] * 6 + [[0, np.nan]])}, "observations is not finite in row 6"),
+        ({"actions": np.full((7, 2), np.inf)}, "actions is not finite in row 0"),
+        ({"observations": np.array([["a", "b"]] * 7)}, "observations is <U1"),
+        ({"task_index": np.zeros((7, 1), int)}, "task_index is"),
+        ({"task_index": np.array([0, 1, 2, 4, 0, 0, 0])}, "task_index must name"),
+        ({"task_index": np.array([0, 1, 2, 2, 0, 0, 0])}, "task_index must name"),
+        ({"task_index": np.array([0, 1, 2, 3, -1, 0, 0])}, "task_index must name"),
+        ({"task_index": np.array([0, 1, 2, 3, 0.5, 0, 0])}, "task_index must name"),
+        ({"tasks": np.zeros((4, 3))}, "tasks is"),
+        ({"tasks": np.zeros((3, 2)), "task_index": np.arange(7) % 3}, "--num-train-tasks 4: demos.npz has demonst"),
+        ({name: np.zeros((0, 2)) for name in ("observations", "actions")} | {"task_index": np.zeros(0)}, "must name"),
+        ({"observations": np.zeros(()), "tasks": np.zeros(())}, "is float64 ()"),
+    ],
+)
+def test_faults_of_a_file(train, tmp_path, changes, part):
+    demos_file(tmp_path / "demos.npz", **changes)
+    with pytest.raises(SystemExit) as end:
+        train(module, expert="demos", demos="demos.npz")
+    assert str(end.value.code).startswith("error: ") and part in end.value.code and "\n" not in end.value.code
+    assert not (tmp_path / "runs").exists()
+
+
+def test_files_that_are_none(train, tmp_path):
+    (tmp_path / "text").write_text("observations")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for path in ("text", "array.npy", "none.npz", "."):
+        with pytest.raises(SystemExit, match=r"^error: --demos .*no .npz file with the arrays"):
+            train(module, expert="demos", demos=path)
+
+
+@pytest.mark.parametrize(
+    "flags, part",
+    [
+        ({"num_train_tasks": 3}, "--num-train-tasks 3: less than --meta-batch-size 4"),
+        ({"num_train_tasks": 0}, "--num-train-tasks 0"),
+        ({"env_id": "user_tasks:Discrete-v0"}, "Discrete actions"),
+        ({"importance_clip": 0.5}, "--importance-clip 0.5: must be"),
+        ({"expert": "demos"}, "--expert demos and --demos FILE go together"),
+        ({"demos": "demos.npz"}, "--expert demos and --demos FILE go together"),
+        ({"env_id": "HalfCheetahDir-v0", "expert": "scripted"}, "has no method expert_action"),
+        ({"dataset_size": 19}, "--dataset-size 19: less than the 20 states"),
+    ],
+)
+def test_bad_input(train, tmp_path, flags, part):
+    with pytest.raises(SystemExit) as end:
+        train(module, **flags)
+    assert str(end.value.code).startswith("error: ") and part in end.value.code and "\n" not in end.value.code
+    assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------- rounds and counters
+
+
+def test_steps_and_data_of_a_run(train, monkeypatch):
+    """Every step is counted once, those of meta-tests never; D_i grows by DAgger's states, those of φ_i, labelled."""
+    collected, collect = [], module.collect
+
+    def recorded(params, tasks, rng, envs, *args, **kwargs):
+        batch = collect(params, tasks, rng, envs, *args, **kwargs)
+        collected.append((params, tasks, batch, envs))
+        return batch
+
+    monkeypatch.setattr(module, "collect", recorded)
+    flags = {
+        "expert": "scripted",
+        "num_train_tasks": 6,
+        "meta_batch_size": 3,
+        "total_timesteps": 400,
+        "eval_every": 100,
+    }
+    folder, metrics = train(module, **flags)
+    state = load(folder)
+    # demonstrations 6 x 2 x 10; three rounds of 3 x 2 x 10 and as many for DAgger
+    assert state["global_step"] == 120 + 3 * 120 and state["iteration"] == 4
+    assert state["data"]["count"].sum() == 120 + 3 * 60
+    assert state["data"]["count"].tolist() == [20 + k * 20 for k in (2, 1, 2, 1, 2, 1)]  # the two of a group in turn
+    adapted = collected[1::2][:3]
+    for (theta, tasks, before, _), (phi, same, visited, _) in zip(collected[:6:2], collected[1:6:2], strict=True):
+        assert np.array_equal(tasks, same) and not torch.equal(before["obs"], visited["obs"])
+        assert all((p == p[:1]).all() for p in theta.values())
+        assert all((p != theta[name]).any() for name, p in phi.items())
+    rows = state["data"]["rows"].split(state["data"]["count"].tolist())
+    known = state["tasks"].float()
+    for i in range(6):
+        obs, label = rows[i].split(2, -1)
+        torch.testing.assert_close(label, (10 * (known[i] - obs)).clamp(-1, 1))
+    last = adapted[-1]
+    where = [state["tasks"].tolist().index(task.tolist()) for task in last[1]]
+    for j, i in enumerate(where):
+        torch.testing.assert_close(rows[i][-20:, :2], last[2]["obs"][j].flatten(0, 1))
+    assert metrics["charts/episodic_return"] == pytest.approx(last[2]["rewards"].sum(-1).mean().item())
+
+
+def test_the_steps_of_the_sac_expert(train):
+    """Four tasks x 2 episodes x 10 steps an iteration until the budget is used, and then the demonstrations."""
+    folder, _ = train(module, expert_timesteps=200, total_timesteps=1000, eval_every=100)
+    state = load(folder)
+    assert state["sac"]["replay"]["count"].tolist() == [60] * 4  # 3 x 80 is the first multiple beyond 200
+    assert state["iteration"] == 3 + 5 and state["global_step"] == 3 * 80 + 80 + 5 * 160
+    assert state["data"]["count"].tolist() == [20 + 5 * 20] * 4
+
+
+def test_what_trains_is_the_dense_reward_of_the_expert_and_train_reward_of_the_rest(train, monkeypatch):
+    seen, collected = [], []
+    step, advantages = module.Expert.step, module.standardised_advantages
+    monkeypatch.setattr(
+        module.Expert, "step", lambda self, batch, *args: (seen.append(batch[2]), step(self, batch, *args))[1]
+    )
+    monkeypatch.setattr(module, "standardised_advantages", lambda batch, *args: (
+        collected.append(batch["rewards"]), advantages(batch, *args))[1])  # fmt: skip
+    train(module, env_id="SparsePointRobot-v0", train_reward="sparse", test_reward="dense", eval_every=100)
+    assert all((x < 0).all() for x in seen)
+    assert len(collected) > 2 and all((x >= 0).all() for x in collected[:2]) and (collected[-1] < 0).all()
+
+
+def test_draws_are_those_of_one_process(monkeypatch):
+    """Rows of each task's own, all of them; two ranks draw the halves of what one draws."""
+    store = module.Replay(4, 10, 1, CPU)
+    ids, mask = torch.arange(4), torch.arange(6).expand(4, 6) < torch.tensor([[1], [3], [6], [6]])
+    store.add(ids, (10 * ids[:, None] + torch.arange(6)).unsqueeze(-1).float(), mask.float())
+    rows = module.draw(store, ids, 200, torch.Generator().manual_seed(0))
+    for i, size in enumerate((1, 3, 6, 6)):
+        assert rows[i].unique().tolist() == [10 * i + k for k in range(size)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        own = ids[2 * rank : 2 * rank + 2]
+        assert torch.equal(module.draw(store, own, 200, torch.Generator().manual_seed(0)), rows[own])
+
+
+# ----------------------------------------------------------------------------------------------- what the learner knows
+
+PROBE = {"env_id": "ExpertSign-v0", "horizon": 5, "expert": "scripted", "num_train_tasks": 4, "episodes_per_task": 10}
+PROBE |= {"gradient_steps": 60, "hidden_size": 8, "learning_rate": 0.01, "total_timesteps": 1200, "eval_every": 100}
+PROBE |= {"batch_size": 10, "num_test_tasks": 8}
+
+
+def test_probe_is_learned(train):
+    """Of 4 on average and 5 at most, from the reward alone; with the rewards of another task, its opposite."""
+    folder, metrics = train(module, **PROBE)
+    assert metrics["eval/return_after_10_episodes"] > 3 and abs(metrics["eval/return_after_0_episodes"]) < 1.5
+    collect = module.collect
+
+    def swapped(params, tasks, *args, **kwargs):
+        """The advantages are those of the other task: ±1 alternate."""
+        batch = collect(params, tasks, *args, **kwargs)
+        return batch | {"advantages": batch["advantages"].roll(1, 0)}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "collect", swapped)
+        _, other = train(module, evaluate=folder)
+    assert other["eval/return_after_10_episodes"] < metrics["eval/return_after_10_episodes"] - 2
+
+
+@pytest.mark.parametrize("flags", [{"adapt": "none"}, {"adapt": "bias"}], ids=str)
+def test_probe_without_and_with_little_adaptation(train, flags):
+    """Behaviour cloning is blind. The parameters of the bias alone can tell the tasks apart."""
+    _, metrics = train(module, **PROBE, **flags)
+    after = metrics["eval/return_after_10_episodes"]
+    if flags["adapt"] == "none":
+        assert abs(after) < 1 and after == pytest.approx(metrics["eval/return_after_0_episodes"], abs=1e-6)
+    else:
+        assert after > 2
+
+
+def test_probe_with_a_sac_expert(train):
+    sac = {"expert": "sac", "expert_timesteps": 400, "expert_gradient_steps": 100, "expert_reward_scale": 20.0}
+    _, metrics = train(module, **PROBE | {"total_timesteps": 1700} | sac)
+    assert metrics["eval/return_after_10_episodes"] > 3
