@@ -165,13 +165,8 @@ class Policy(nn.Module):
     def __init__(self, obs_size: int, action_size: int, hidden_size: int, bias_size: int, init_std: float):
         super().__init__()
         self.bias = nn.Parameter(torch.ones(bias_size))
-        hidden = [
-            nn.Linear(obs_size + bias_size, hidden_size),
-            nn.Tanh(),
-            nn.Linear(hidden_size, hidden_size),
-            nn.Tanh(),
-        ]
-        self.net = nn.Sequential(*hidden, nn.Linear(hidden_size, action_size))
+        first, second = nn.Linear(obs_size + bias_size, hidden_size), nn.Linear(hidden_size, hidden_size)
+        self.net = nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), nn.Linear(hidden_size, action_size))
         for layer in self.net[::2]:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -198,7 +193,7 @@ class Expert(nn.Module):
         self.gamma, self.reward_scale, self.tau = gamma, reward_scale, tau
         scale, self.num_tasks = tasks.std(0, correction=0), len(tasks)
         self.mean, self.scale, self.tasks = tasks.mean(0), torch.where(scale > 0, scale, 1), tasks[shard(len(tasks))]
-        inputs, self.action_size = obs_size + tasks.shape[1], action_size
+        inputs, self.action_size = obs_size + tasks[0].numel(), action_size
         self.actor = MLP(inputs, hidden_size, 2 * action_size, last=1e-3)
         self.critics = MLP(inputs + action_size, hidden_size, 1, stack=2)
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
@@ -210,15 +205,18 @@ class Expert(nn.Module):
 
     def act(self, obs, task, noise) -> tuple[torch.Tensor, ...]:
         """obs (..., O), task (..., task size), noise (..., A) -> action (..., A), its log-probability (...), …"""
-        return tanh_gaussian(self.actor(torch.cat([obs, (task - self.mean) / self.scale], -1)), noise)
+        return tanh_gaussian(self.actor(self.inputs(obs, task)), noise)
 
     def mean_action(self, obs, task) -> torch.Tensor:
         return self.act(obs, task, obs.new_zeros(self.action_size))[0]
 
     def values(self, critics, obs, task, action) -> torch.Tensor:
         """What each of the twin critics says, (2, ...)."""
-        x = torch.cat([obs, (task - self.mean) / self.scale, action], -1)
+        x = self.inputs(obs, task, action)
         return critics(x.expand(2, *x.shape)).squeeze(-1)
+
+    def inputs(self, obs, task, *more) -> torch.Tensor:
+        return torch.cat([obs, ((task - self.mean) / self.scale).reshape(*obs.shape[:-1], -1), *more], -1)
 
     def step(self, batch, task, noise) -> torch.Tensor:
         """A gradient step; batch: the COLUMNS (M, B, ...), task (M, B, task size), noise (2, M, B, A)."""
@@ -239,7 +237,8 @@ class Expert(nn.Module):
     def learn(self, num_steps, batch_size, generator) -> dict[str, float]:
         """num_steps gradient steps, each on batch_size transitions of every task; returns means of what they say."""
         device, total = self.tasks.device, 0
-        ids, task = torch.arange(len(self.tasks), device=device), self.tasks.unsqueeze(1).expand(-1, batch_size, -1)
+        ids, task = torch.arange(len(self.tasks), device=device), self.tasks.unsqueeze(1)
+        task = task.expand(-1, batch_size, *self.tasks.shape[1:])
         for _ in range(num_steps):
             batch = draw(self.replay, ids, batch_size, generator).split(self.widths, -1)
             shape = (2, self.num_tasks, batch_size, self.action_size)
@@ -268,11 +267,11 @@ def scripted_expert(envs):
         fail(f"--expert scripted: {envs.env_id} has no method expert_action(obs, task)")
 
     def act(obs, task):
-        rows = zip(obs.cpu().numpy(), task.cpu().numpy(), strict=True)
-        actions, size = np.stack([np.ravel(method(*row)) for row in rows]), envs.single_action_space.shape[0]
-        if actions.shape[1] != size or not np.isfinite(actions).all():
+        rows, size = zip(obs.cpu().numpy(), task.cpu().numpy(), strict=True), envs.single_action_space.shape[0]
+        actions = [np.asarray(method(*row), float).ravel() for row in rows]
+        if not all(action.shape == (size,) and np.isfinite(action).all() for action in actions):
             fail(f"{envs.env_id}: expert_action(obs, task) must return {size} finite numbers")
-        return torch.as_tensor(actions, dtype=obs.dtype, device=obs.device)
+        return torch.as_tensor(np.stack(actions), dtype=obs.dtype, device=obs.device)
 
     return act
 
@@ -280,9 +279,8 @@ def scripted_expert(envs):
 def label(batch, tasks, act) -> torch.Tensor:
     """What the expert does, a* (N, E, T, A), in the states of episodes (N, E, T, ...); act: (obs, tasks) -> actions."""
     valid, labels = batch["mask"] > 0, torch.zeros_like(batch["actions"])
-    task = torch.as_tensor(tasks, dtype=labels.dtype, device=labels.device)[:, None, None].expand(*valid.shape, -1)
     with torch.no_grad():
-        labels[valid] = act(batch["obs"][valid], task[valid]).clamp(-1, 1)
+        labels[valid] = act(batch["obs"][valid], tasks[valid.nonzero()[:, 0]]).clamp(-1, 1)
     return labels
 
 
@@ -503,10 +501,8 @@ def main(args: Args) -> dict[str, float]:
         )
     if args.expert != "demos":
         act = sac.mean_action if args.expert == "sac" else scripted_expert(envs)
-        lane_tasks, expert_envs = (
-            own_tasks.repeat_interleave(args.expert_episodes, 0),
-            make(num_tasks * args.expert_episodes),
-        )
+        lane_tasks = own_tasks.repeat_interleave(args.expert_episodes, 0)
+        expert_envs = make(num_tasks * args.expert_episodes)
         dagger_envs = make(n * args.expert_episodes) if n < num_tasks else expert_envs
         demonstrate = partial(episodes, tasks=train_tasks[own], envs=expert_envs, horizon=horizon, device=device)
     elif not checkpoint:
@@ -542,6 +538,8 @@ def main(args: Args) -> dict[str, float]:
                 batch = demonstrate(lambda obs, noise: act(obs, lane_tasks) + args.expert_noise * noise, rng=rng(1))
                 batch["labels"], collected = label(batch, own_tasks, act), time.perf_counter()
                 add_rows(data, ids, batch, ["obs", "labels"])
+                if args.expert == "sac":
+                    sac.replay.count.zero_()  # no longer needed, nor saved
                 global_step += int(all_reduce(batch["mask"].sum()))
                 metrics["expert/demonstration_return"] = task_mean(episode_scores(batch)["return"])
 

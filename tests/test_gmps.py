@@ -356,7 +356,7 @@ def test_scripted_experts():
             module.scripted_expert(module.make_envs(env_id, 1, 1))
 
 
-@pytest.mark.parametrize("answer", [[1.0, 2.0], [np.nan], []])
+@pytest.mark.parametrize("answer", [[1.0, 2.0], [np.nan], [], None])
 def test_a_scripted_expert_with_a_fault(monkeypatch, answer):
     monkeypatch.setattr(Sign, "expert", staticmethod(lambda obs, task: np.array(answer)))
     with pytest.raises(SystemExit, match="must return 1 finite numbers"):
@@ -511,7 +511,8 @@ def test_the_steps_of_the_sac_expert(train):
     """Four tasks x 2 episodes x 10 steps an iteration until the budget is used, and then the demonstrations."""
     folder, _ = train(module, expert_timesteps=200, total_timesteps=1000, eval_every=100)
     state = load(folder)
-    assert state["sac"]["replay"]["count"].tolist() == [60] * 4  # 3 x 80 is the first multiple beyond 200
+    assert not state["sac"]["replay"]["count"].any()  # no longer needed
+    # 3 x 80 is the first multiple beyond 200
     assert state["iteration"] == 3 + 5 and state["global_step"] == 3 * 80 + 80 + 5 * 160
     assert state["data"]["count"].tolist() == [20 + 5 * 20] * 4
 
