@@ -23,7 +23,7 @@ Train:     python gmps.py
 Resume:    python gmps.py --resume runs/NAME
 Evaluate:  python gmps.py --evaluate runs/NAME
 
-Differs from the paper in: two tanh layers of 64 units (ReLU of 100), minibatches of D_i, DAgger before a round's Adam
+Differs from the paper in: two layers of 64 units (100), minibatches of D_i, DAgger before a round's Adam
 steps, on the episodes of the same round. The whole list: docs/gmps.md.
 """
 
@@ -112,7 +112,7 @@ class Args:
     """.npz file of demonstrations, for --expert demos (docs/gmps.md)"""
     dagger: bool = True
     """let the expert label the states that adapted policies visit (there is nobody to ask with --expert demos)"""
-    expert_timesteps: int = 10_000
+    expert_timesteps: int = 8_000
     """environment steps that the SAC expert is trained on"""
     expert_episodes: int = 5
     """episodes per training task: of an iteration of the SAC expert, of the demonstrations, and of DAgger in a round"""
@@ -132,11 +132,11 @@ class Args:
     """units in each hidden layer of the policy and of the SAC expert"""
     bias_size: int = 4
     """parameters appended to the policy's input as constants"""
-    init_std: float = 1.0
+    init_std: float = 0.3
     """standard deviation of the actions before training, of [-1, 1]"""
     adapt: Literal["all", "bias", "none"] = "all"
     """parameters that the inner step changes: all, only those of bias_size, or none (behaviour cloning)"""
-    inner_lr: float = 0.5
+    inner_lr: float = 0.2
     """α before training, step size of the adaptation"""
     importance_clip: float = 5.0
     """c, importance weights are clipped to [1/c, c] (1: no weights, 0: no clipping)"""
@@ -156,7 +156,7 @@ class Args:
 
 
 class Policy(nn.Module):
-    """Two tanh layers to mean and log std of the actions: obs (..., O) -> (..., 2A).
+    """Two ReLU layers to mean and log std of the actions: obs (..., O) -> (..., 2A).
 
     They also read the parameters `bias`, the same for all observations (the paper's bias transformation). The log std
     does not depend on the observation.
@@ -166,7 +166,7 @@ class Policy(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.ones(bias_size))
         first, second = nn.Linear(obs_size + bias_size, hidden_size), nn.Linear(hidden_size, hidden_size)
-        self.net = nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), nn.Linear(hidden_size, action_size))
+        self.net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(hidden_size, action_size))
         for layer in self.net[::2]:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)

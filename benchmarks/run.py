@@ -43,7 +43,8 @@ def run(name: str, label: str, seed: int, command: list[str]) -> str:
     folder, (script, *flags) = ROOT / "benchmarks" / "runs" / name / f"{label}_{seed}", command
     folder.mkdir(parents=True, exist_ok=True)
     done = [path.parent.relative_to(folder) for path in folder.glob("runs/*/checkpoint.pt")]
-    flags = ["--resume", str(done[0])] if done else [*flags, "--seed", str(seed)]
+    first = flags[:1] if flags and flags[0].endswith(".py") else []  # the script that both_scores.py is to run
+    flags = [*first, "--resume", str(done[0])] if done else [*flags, "--seed", str(seed)]
     clock, start = folder / "seconds", time.time()
     with open(folder / "log.txt", "a") as log:
         process = subprocess.run([sys.executable, ROOT / script, *flags], cwd=folder, stdout=log, stderr=log)
