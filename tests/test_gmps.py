@@ -67,7 +67,7 @@ def ragged_mask(n, e, t):
 
 def make_problem(adapted=None, clip=0.0, n=3, e=3, t=4, moved=0.3):
     """A small policy, its meta-parameters moved away from those that collected a batch, and labelled states."""
-    policy = module.Policy(2, 2, 4, 3, 0.8)
+    policy = module.Policy(2, 2, 6, 3, 0.8)
     old = {name: p.detach() + 0.3 * torch.randn_like(p) for name, p in policy.named_parameters()}
     theta = {name: p + moved * torch.randn_like(p) for name, p in old.items()}
     lr = {name: 0.5 + 0.2 * torch.rand_like(p) for name, p in theta.items() if adapted is None or name in adapted}
