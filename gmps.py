@@ -67,7 +67,7 @@ class Args:
     """seed of the initial parameters, episodes and draws from the data"""
     task_seed: int = 0
     """seed of the task draws: training and held-out tasks depend on nothing else"""
-    total_timesteps: int = 90_000
+    total_timesteps: int = 60_000
     """environment steps of training, those of the expert included, meta-test excluded"""
     meta_batch_size: int = 20
     """N, tasks per round"""
@@ -147,7 +147,9 @@ class Args:
     batch_size: int = 100
     """labelled states per task in an Adam step"""
     learning_rate: float = 1e-3
-    """step size of Adam, for θ and α and for the SAC expert"""
+    """step size of Adam, for θ and α in the first round and for the SAC expert"""
+    learning_rate_decay: float = 0.7
+    """factor on the step size for θ and α after every round"""
     dataset_size: int = 10_000
     """labelled states kept per training task, the oldest are overwritten"""
 
@@ -456,7 +458,7 @@ def main(args: Args) -> dict[str, float]:
     train_tasks = envs.sample_tasks(num_tasks, np.random.default_rng([args.task_seed, 0]))
     if "sparse" in (args.train_reward, args.test_reward):
         require_sparse_reward(envs, test_tasks[:1])
-    at_once = args.expert_episodes * horizon  # labelled states of a task
+    at_once = 0 if args.demos else args.expert_episodes * horizon  # labelled states of a task
     if checkpoint:
         train_tasks = checkpoint["tasks"].numpy()
     elif args.demos:
@@ -495,10 +497,8 @@ def main(args: Args) -> dict[str, float]:
     data = Replay(len(ids), args.dataset_size, obs_size + action_size, device)
     if args.expert == "sac":
         capacity = 2 * math.ceil(args.expert_timesteps / num_tasks) + at_once
-        sizes = (obs_size, action_size, args.hidden_size, capacity)
-        sac = Expert(
-            tensor(train_tasks), *sizes, args.learning_rate, args.expert_gamma, args.expert_reward_scale, args.tau
-        )
+        sizes, scales = (obs_size, action_size, args.hidden_size, capacity), (args.expert_reward_scale, args.tau)
+        sac = Expert(tensor(train_tasks), *sizes, args.learning_rate, args.expert_gamma, *scales)
     if args.expert != "demos":
         act = sac.mean_action if args.expert == "sac" else scripted_expert(envs)
         lane_tasks = own_tasks.repeat_interleave(args.expert_episodes, 0)
@@ -572,6 +572,7 @@ def main(args: Args) -> dict[str, float]:
                     imitation, weights = imitation_loss(theta, lr, batch, obs, labels, **inner)
                     apply_gradient(optimizer, imitation)
                     loss, weight = loss + imitation.detach(), torch.maximum(weight, weights)
+                optimizer.param_groups[0]["lr"] *= args.learning_rate_decay
                 metrics["losses/imitation"] = task_mean(loss / args.gradient_steps)
                 metrics["losses/importance_weight"] = join(weight).amax().item()  # of all ranks
                 metrics["losses/action_std"] = theta["log_std"].exp().mean().item()

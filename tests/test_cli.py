@@ -54,7 +54,14 @@ BAD_PEARL += [("warmup_iterations", -1), ("warmup_gradient_steps", 0)]
 BAD_GMPS = [(name, 0) for name in ("expert_timesteps", "expert_episodes", "expert_gradient_steps", "expert_batch_size")]
 BAD_GMPS += [(name, 0) for name in ("hidden_size", "init_std", "inner_lr", "gradient_steps", "learning_rate")]
 BAD_GMPS += [("batch_size", 0), ("dataset_size", 0), ("expert_reward_scale", 0), ("expert_gamma", 0)]
-BAD_GMPS += [("expert_noise", -1), ("bias_size", -1), ("importance_clip", -1), ("gae_lambda", 1.5), ("tau", 2)]
+BAD_GMPS += [
+    ("expert_noise", -1),
+    ("bias_size", -1),
+    ("importance_clip", -1),
+    ("gae_lambda", 1.5),
+    ("tau", 2),
+    ("learning_rate_decay", 0),
+]
 BAD_GMPS += [("importance_clip", 0.5), ("expert_gamma", 1.5)]
 BAD_OWN = {"maml_trpo": BAD_MAML, "rl2": BAD_RL2, "pearl": BAD_PEARL, "gmps": BAD_GMPS}
 
