@@ -285,6 +285,9 @@ def test_a_gradient_step_of_the_expert_in_plain_terms(double):
     tasks, batch = torch.randn(3, 1), [torch.randn(3, 6, size) for size in (2, 2, 1, 2, 1)]
     batch[4], noise = (batch[4] > 0).double(), torch.randn(2, 3, 6, 2)
     agent, copy = expert(tasks), expert(tasks)
+    with torch.no_grad():
+        for p, q in zip(agent.targets.parameters(), copy.targets.parameters(), strict=True):
+            q.copy_(p.add_(0.1 * torch.randn_like(p)))  # the targets are behind
     agent.step(batch, tasks.unsqueeze(1).expand(3, 6, 1), noise)
     obs, actions, rewards, next_obs, terminated = (x.flatten(0, 1) for x in batch)
     task = ((tasks - tasks.mean()) / tasks.std(correction=0)).repeat_interleave(6, 0)
