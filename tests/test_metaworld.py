@@ -9,6 +9,7 @@ import pytest
 import torch
 from metaworld.policies import SawyerReachV3Policy
 
+import gmps
 import maml_trpo
 from maml_trpo import episode_scores, make_envs, rollout
 
@@ -91,3 +92,35 @@ def test_a_tiny_run(train):
     _, metrics = train(maml_trpo, env_id=ML1, horizon=5, total_timesteps=1)
     assert {"eval/success_after_0_episodes", "eval/success_after_2_episodes"} <= metrics.keys()
     assert metrics["charts/episodic_length"] == 5 and metrics["charts/episodic_return"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:Constant:UserWarning")
+def test_scripted_experts_are_told_the_goal():
+    """Of any task, also of one that no lane is in; asking leaves the lanes alone. The noisy expert still succeeds."""
+    envs = gmps.make_envs(ML1, 2, 1)
+    act, tasks = gmps.scripted_expert(envs), envs.sample_tasks(3, np.random.default_rng(0))
+    envs.reset(seed=0, options={"task": tasks[:2]})
+    before, told = envs.obs.copy(), torch.as_tensor(tasks).float()
+    first = act(torch.as_tensor(before[[0, 0, 0]]).float(), told)
+    assert len(first.unique(dim=0)) == 3 and (first.abs() <= 1).all()
+    envs.step(np.zeros((2, 4)))
+    assert np.abs(envs.obs - before).max() < 0.1
+
+    def noisy(obs, noise):
+        return act(obs, told[:2]) + 0.1 * noise
+
+    batch = gmps.episodes(noisy, tasks[:2], np.random.default_rng(0), envs, 100, torch.device("cpu"))
+    assert (batch["obs"][..., -3:] == 0).all() and episode_scores(batch)["success"].tolist() == [1, 1]
+
+
+@pytest.mark.filterwarnings("ignore:Constant:UserWarning")
+def test_demonstrations_are_written_and_used(train, tmp_path):
+    import write_demos
+
+    argv = ["--num-train-tasks", "4", "--episodes", "1", "--horizon", "5"]
+    write_demos.main([ML1, str(tmp_path / "demos.npz"), *argv])
+    folder, metrics = train(gmps, env_id=ML1, horizon=5, expert="demos", demos="demos.npz", total_timesteps=1)
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert state["data"]["count"].tolist() == [5] * 4 and "eval/success_after_2_episodes" in metrics
+    with np.load(tmp_path / "demos.npz") as file:
+        assert file["observations"].shape == (20, 39) and np.abs(file["actions"]).max() <= 1
