@@ -67,7 +67,7 @@ class Args:
     """seed of the initial parameters, episodes and draws from the data"""
     task_seed: int = 0
     """seed of the task draws: training and held-out tasks depend on nothing else"""
-    total_timesteps: int = 60_000
+    total_timesteps: int = 50_000
     """environment steps of training, those of the expert included, meta-test excluded"""
     meta_batch_size: int = 20
     """N, tasks per round"""
