@@ -179,8 +179,8 @@ class Policy(nn.Module):
         return Independent(Normal(mean, log_std.exp(), validate_args=False), 1)
 
 
-# φ_i is what is adapted to task i: mu and log_sigma (Z,), and with --adapt-policy its own weights; θ are the weights that
-# all tasks share. Dictionaries by name; φ of N tasks has a leading axis.
+# Dictionaries by name: φ, what is adapted to a task, has mu and log_sigma (Z,), and with --adapt-policy the weights; θ
+# has the weights before adaptation, for all tasks. φ of N tasks has a leading axis.
 
 
 def latent(phi, eps) -> torch.Tensor:
@@ -289,7 +289,7 @@ def adapted_distributions(vector, like, rows, inner_batches, outer_batch, policy
     return vmap(of_task)(phi, inner_batches, outer_batch["obs"], outer_batch["eps"])
 
 
-def kl_to_prior(vector, like, rows, weight=1.0) -> torch.Tensor:
+def latent_kl(vector, like, rows, weight=1.0) -> torch.Tensor:
     """weight KL(N(μ_i, σ_i²) || N(0, I)), summed over dimensions, mean over the tasks' rows; before adaptation."""
     _, table, _ = split(unflatten(vector, like))
     mu, log_sigma = table["mu"][rows], table["log_sigma"][rows]
@@ -419,7 +419,7 @@ def main(args: Args) -> dict[str, float]:
             of_rows = {"like": meta, "rows": rows}
             dist_of = partial(adapted_distributions, **of_rows, inner_batches=inner_batches, policy=policy)
             dist_of = partial(dist_of, outer_batch=outer_batch)
-            penalty = partial(kl_to_prior, **of_rows, weight=args.kl_weight / ranks()[1])
+            penalty = partial(latent_kl, **of_rows, weight=args.kl_weight / ranks()[1])
             vector = parameters_to_vector(meta.values())
             vector, losses = meta_update(vector, dist_of, outer_batch, policy, penalty=penalty, **trust_region)
             meta = unflatten(vector, meta)
@@ -428,7 +428,7 @@ def main(args: Args) -> dict[str, float]:
             # log, (9) meta-test, save
             global_step += int(all_reduce(sum(batch["mask"].sum() for batch in batches)))
             metrics = losses | {
-                "losses/latent_kl": task_mean(kl_to_prior(vector, **of_rows)),
+                "losses/latent_kl": task_mean(latent_kl(vector, **of_rows)),
                 "losses/entropy": task_mean(policy.distribution(outer_batch["dist"]).entropy()),
                 "charts/pre_adaptation_return": task_mean(episode_scores(batches[0])["return"]),
                 "charts/episodic_return": task_mean(episode_scores(outer_batch)["return"]),
@@ -769,6 +769,7 @@ def rollout(envs: TaskEnvs, act, tasks, horizon, rng, device) -> dict[str, torch
 
 MAY_BE_ZERO = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps"}
 MAY_BE_ZERO |= {"gae_lambda", "cg_damping", "ent_coef"}
+MAY_BE_ZERO |= {"init_mu_std"}
 MAY_BE_ZERO |= {"posterior_steps", "extra_steps", "warmup_iterations", "kl_weight", "regularization"}
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "num_threads", "eval_every", "checkpoint_every"}
 MAY_CHANGE_TO_EVALUATE = {"num_test_tasks", "num_eval_steps", "eval_episodes", "deterministic_eval", "test_reward"}
