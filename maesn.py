@@ -114,16 +114,20 @@ class Args:
     """Z, dimensions of the latent z"""
     init_mu_std: float = 1.0
     """standard deviation over tasks of the latents' means μ before training"""
+    normalise_latent: bool = True
+    """scale z to the length √Z before the policy reads it: only its direction counts"""
     latent_adaptation: bool = True
     """adapt the latent in training (no: the LatentSpace baseline, whose latents are adapted at meta-test only)"""
     adapt_policy: bool = False
     """adapt the policy's weights too, by policy gradient with a learned step size for each"""
     num_inner_steps: int = 1
     """K, adaptation steps in training"""
-    inner_lr: float = 1.0
-    """α before training, step size of the latents' adaptation"""
+    inner_lr: float = 2.0
+    """α_μ before training, step size of the latents' means; learned between 0 and twice this, as the next two"""
+    sigma_lr: float = 1.0
+    """α_σ before training, step size of the latents' log standard deviations"""
     policy_lr: float = 0.1
-    """the same of the policy's weights, with --adapt-policy"""
+    """α before training of the policy's weights, with --adapt-policy"""
     eval_lr_decay: float = 0.5
     """factor on α at each adaptation step at meta-test, from the third on"""
     kl_weight: float = 0.1
@@ -148,10 +152,9 @@ class Policy(nn.Module):
     Box: mean and log std, D = 2A, the log std independent of the observation. Discrete: n logits, D = n.
     """
 
-    def __init__(
-        self, obs_size: int, latent_dim: int, action_space: gym.Space, hidden_size: int, init_std: float = 1.0
-    ):
+    def __init__(self, obs_size, latent_dim, action_space, hidden_size, init_std=1.0, normalise_latent=True):
         super().__init__()
+        self.normalise_latent = normalise_latent
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.out_size = int(action_space.n) if self.discrete else action_space.shape[0]
         hidden = [
@@ -168,6 +171,8 @@ class Policy(nn.Module):
             self.log_std = nn.Parameter(torch.full((self.out_size,), math.log(init_std)))
 
     def forward(self, obs: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        if self.normalise_latent:
+            z = math.sqrt(z.shape[-1]) * z / (z.norm(dim=-1, keepdim=True) + 1e-8)
         out = self.net(torch.cat([obs, z.expand(*obs.shape[:-1], -1)], -1))
         return out if self.discrete else torch.cat([out, self.log_std.clamp(min=math.log(1e-6)).expand_as(out)], -1)
 
@@ -260,11 +265,14 @@ def inner_step(phi, theta, batch, lr, policy) -> dict:
     return {name: p - lr[name] * grads[name] if name in lr else p for name, p in phi.items()}
 
 
-def split(meta) -> tuple[dict, dict, dict]:
-    """Meta-parameters to the policy's weights, the table of latents (M, Z), and the step sizes α of what is adapted."""
+def split(meta, inner_lr) -> tuple[dict, dict, dict]:
+    """Meta-parameters to the policy's weights, the table of latents (M, Z), and the step sizes α of what is adapted.
+
+    α = 2 inner_lr sigmoid(x) with a meta-parameter x, 0 before training; inner_lr: a number by name.
+    """
     table = {name: meta[name] for name in ("mu", "log_sigma")}
-    lr = {name.removeprefix("log_lr."): p.exp() for name, p in meta.items() if name.startswith("log_lr.")}
-    return {name: p for name, p in meta.items() if name not in table and not name.startswith("log_lr.")}, table, lr
+    lr = {name: 2 * inner_lr[name] * meta[f"x.{name}"].sigmoid() for name in inner_lr if f"x.{name}" in meta}
+    return {name: p for name, p in meta.items() if name not in table and not name.startswith("x.")}, table, lr
 
 
 def start(theta, latents, lr) -> dict:
@@ -273,12 +281,12 @@ def start(theta, latents, lr) -> dict:
     return latents | {name: p.expand(n, *p.shape) for name, p in theta.items() if name in lr}
 
 
-def adapted_distributions(vector, like, rows, inner_batches, outer_batch, policy) -> torch.Tensor:
+def adapted_distributions(vector, like, rows, inner_batches, outer_batch, inner_lr, policy) -> torch.Tensor:
     """The map of (6)-(8): meta-parameters (P,), named as in like, to what is done on outer_batch, dist (N, E, T, D).
 
     rows (N,): those of the tasks in the table.
     """
-    theta, table, lr = split(unflatten(vector, like))
+    theta, table, lr = split(unflatten(vector, like), inner_lr)
 
     def of_task(phi, inner_batches, obs, eps):
         for batch in inner_batches:
@@ -291,8 +299,7 @@ def adapted_distributions(vector, like, rows, inner_batches, outer_batch, policy
 
 def latent_kl(vector, like, rows, weight=1.0) -> torch.Tensor:
     """weight KL(N(μ_i, σ_i²) || N(0, I)), summed over dimensions, mean over the tasks' rows; before adaptation."""
-    _, table, _ = split(unflatten(vector, like))
-    mu, log_sigma = table["mu"][rows], table["log_sigma"][rows]
+    mu, log_sigma = (unflatten(vector, like)[name][rows] for name in ("mu", "log_sigma"))
     return 0.5 * weight * (mu**2 + (2 * log_sigma).exp() - 1 - 2 * log_sigma).sum(-1).mean()
 
 
@@ -302,12 +309,13 @@ def evaluate(
     """(9) Meta-test on tasks (M, task size): the scores before and after each of num_steps adaptation steps.
 
     collect and adapt: collect and inner_step with their settings; group: the tasks that collect's lanes hold at once;
-    inner_lr: α of latents that have not learned one; paths: a list that gets the first group's observations, step by
-    step. Returns {"return": (num_steps + 1, M), ...}, means over a task's episodes, and in "found" whether there was a
-    success in any episode before. Draws depend on seed and group alone, so that every call meets the same episodes.
+    inner_lr: of split, and α of latents that have not learned theirs; paths: a list that gets the observations of the
+    first group, phase by phase. Returns {"return": (num_steps + 1, M), ...}, means over a task's episodes; "found" is
+    whether any episode before was a success. Draws depend on seed and group alone: all calls meet the same episodes.
     """
-    theta, table, lr = split(meta)
-    hold, lr = 1 if "mu" in lr else 2, dict.fromkeys(table, inner_lr) | lr  # steps before α shrinks, as in the original
+    theta, table, lr = split(meta, inner_lr)
+    hold = 1 if "mu" in lr else 2  # step sizes until they shrink, as in the original
+    lr = {name: inner_lr[name] for name in table} | lr
     scores = {}
     for first in range(0, len(tasks), group):
         members = (first + np.arange(group))[shard(group)]  # the last group wraps around
@@ -369,14 +377,21 @@ def main(args: Args) -> dict[str, float]:
         require_sparse_reward(envs, test_tasks[:1])
 
     # meta-parameters: the policy's weights, the table of latents, and the logarithms of the step sizes
-    obs_size, sizes = envs.single_observation_space.shape[0], (args.num_train_tasks, args.latent_dim)
-    policy = Policy(obs_size, args.latent_dim, envs.single_action_space, args.hidden_size, args.init_std)
+    obs_size, latents = envs.single_observation_space.shape[0], (args.num_train_tasks, args.latent_dim)
+    sizes = {"latent_dim": args.latent_dim, "hidden_size": args.hidden_size}
+    policy = Policy(
+        obs_size,
+        **sizes,
+        action_space=envs.single_action_space,
+        init_std=args.init_std,
+        normalise_latent=args.normalise_latent,
+    )
     meta = {name: p.detach() for name, p in policy.named_parameters()}
-    steps = {name: torch.full_like(p, math.log(args.policy_lr)) for name, p in meta.items() if args.adapt_policy}
-    if args.latent_adaptation:
-        steps |= dict.fromkeys(("mu", "log_sigma"), torch.full((args.latent_dim,), math.log(args.inner_lr)))
-    meta |= {"mu": args.init_mu_std * torch.randn(sizes), "log_sigma": torch.zeros(sizes)}
-    meta |= {f"log_lr.{name}": p for name, p in steps.items()}
+    table = {"mu": args.init_mu_std * torch.randn(latents), "log_sigma": torch.zeros(latents)}
+    inner_lr = dict.fromkeys(meta, args.policy_lr) | {"mu": args.inner_lr, "log_sigma": args.sigma_lr}
+    adapted = [*table] * args.latent_adaptation + [*meta] * args.adapt_policy
+    x = {f"x.{name}": torch.zeros_like(table[name][0] if name in table else meta[name]) for name in adapted}
+    meta |= table | x
     meta = {name: p.to(device) for name, p in (checkpoint["meta"] if checkpoint else meta).items()}
 
     # the functions above with this run's settings
@@ -386,7 +401,7 @@ def main(args: Args) -> dict[str, float]:
     adapt = partial(inner_step, policy=policy)
     meta_test = partial(
         evaluate, tasks=test_tasks, collect=collect_test, adapt=adapt, group=n, num_steps=args.num_eval_steps,
-        inner_lr=args.inner_lr, lr_decay=args.eval_lr_decay, seed=args.seed, deterministic=args.deterministic_eval,
+        inner_lr=inner_lr, lr_decay=args.eval_lr_decay, seed=args.seed, deterministic=args.deterministic_eval,
     )  # fmt: skip
     trust_region = {"max_kl": args.max_kl, "cg_iters": args.cg_iters, "cg_damping": args.cg_damping}
     if args.evaluate:
@@ -395,7 +410,7 @@ def main(args: Args) -> dict[str, float]:
             draw(Path(args.evaluate) / "episodes.png", paths, test_tasks)
         return metrics
 
-    num_inner_steps = args.num_inner_steps if steps else 0  # nothing to adapt: no episodes for it
+    num_inner_steps = args.num_inner_steps if adapted else 0  # nothing to adapt: no episodes for it
     with closing(Run(args, global_step)) as run:
         while global_step < args.total_timesteps and not run.stopping():
             iteration, begin = iteration + 1, time.perf_counter()
@@ -406,7 +421,7 @@ def main(args: Args) -> dict[str, float]:
             tasks = train_tasks[rows]
 
             # (2)-(5) collect and adapt, and collect with the adapted latents
-            theta, table, lr = split(meta)
+            theta, table, lr = split(meta, inner_lr)
             phi, batches = start(theta, {name: p[rows] for name, p in table.items()}, lr), []
             for k in range(num_inner_steps + 1):
                 batches.append(collect_train(theta, phi, tasks, keyed_rng(args.seed, "train", iteration, k)))
@@ -417,8 +432,8 @@ def main(args: Args) -> dict[str, float]:
             # (6)-(8) meta-update
             *inner_batches, outer_batch = batches
             of_rows = {"like": meta, "rows": rows}
-            dist_of = partial(adapted_distributions, **of_rows, inner_batches=inner_batches, policy=policy)
-            dist_of = partial(dist_of, outer_batch=outer_batch)
+            dist_of = partial(adapted_distributions, **of_rows, inner_batches=inner_batches)
+            dist_of = partial(dist_of, outer_batch=outer_batch, inner_lr=inner_lr, policy=policy)
             penalty = partial(latent_kl, **of_rows, weight=args.kl_weight / ranks()[1])
             vector = parameters_to_vector(meta.values())
             vector, losses = meta_update(vector, dist_of, outer_batch, policy, penalty=penalty, **trust_region)

@@ -1,6 +1,5 @@
 """maesn.py: its mathematics against closed forms and plain loops, its meta-test, and a family learned in seconds."""
 
-import math
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -63,7 +62,7 @@ def plain_phi(problem, vector, i):
     meta = dict(zip(problem.meta, vector.split([p.numel() for p in problem.meta.values()]), strict=True))
     meta = {name: p.view(problem.meta[name].shape) for name, p in meta.items()}
     theta = {name: p for name, p in meta.items() if name.startswith("net") or name == "log_std"}
-    lr = {name[7:]: p.exp() for name, p in meta.items() if name.startswith("log_lr.")}
+    lr = {name[2:]: 2 * problem.inner_lr[name[2:]] / (1 + (-x).exp()) for name, x in meta.items() if name[:2] == "x."}
     phi = {name: meta[name][ROWS[i]] for name in ("mu", "log_sigma")}
     phi |= {name: p for name, p in theta.items() if name in lr}
     for batch in problem.inner:
@@ -118,9 +117,10 @@ def make_problem(num_steps=1, adapt_policy=False, latent_adaptation=True, weight
     meta = {name: p.detach() + 0.3 * torch.randn_like(p) for name, p in policy.named_parameters()}
     steps = {name: p for name, p in meta.items() if adapt_policy}
     meta |= {"mu": torch.randn(5, Z), "log_sigma": 0.3 * torch.randn(5, Z)}
+    inner_lr = dict.fromkeys(policy.state_dict(), 0.3) | {"mu": 0.7, "log_sigma": 0.4}
     steps |= {"mu": torch.zeros(Z), "log_sigma": torch.zeros(Z)} if latent_adaptation else {}
-    meta |= {f"log_lr.{name}": math.log(0.5) + 0.3 * torch.randn_like(p) for name, p in steps.items()}
-    problem = SimpleNamespace(policy=policy, meta=meta, inner=[], weight=weight)
+    meta |= {f"x.{name}": 0.3 * torch.randn_like(p) for name, p in steps.items()}
+    problem = SimpleNamespace(policy=policy, meta=meta, inner=[], weight=weight, inner_lr=inner_lr)
     problem.vector = parameters_to_vector(meta.values())
     for k in range(num_steps + 1):
         found = [plain_phi(problem, problem.vector, i) for i in range(len(ROWS))]
@@ -134,6 +134,7 @@ def make_problem(num_steps=1, adapt_policy=False, latent_adaptation=True, weight
         rows=ROWS,
         inner_batches=problem.inner,
         outer_batch=batch,
+        inner_lr=inner_lr,
         policy=policy,
     )
     problem.penalty = partial(module.latent_kl, like=meta, rows=ROWS, weight=weight)
@@ -209,7 +210,7 @@ def test_kl_to_the_prior():
     expected = torch.distributions.kl_divergence(Normal(mu, sigma), Normal(0.0, 1.0)).sum(-1).mean()
     torch.testing.assert_close(module.latent_kl(problem.vector, problem.meta, ROWS), expected)
     torch.testing.assert_close(problem.penalty(problem.vector), problem.weight * expected)
-    other = problem.meta | {name: p + 1 for name, p in problem.meta.items() if name.startswith(("log_lr", "net"))}
+    other = problem.meta | {name: p + 1 for name, p in problem.meta.items() if name.startswith(("x.", "net"))}
     assert torch.equal(problem.penalty(parameters_to_vector(other.values())), problem.penalty(problem.vector))
 
 
@@ -220,7 +221,7 @@ def test_kl_to_the_prior():
 def test_inner_step_is_the_closed_form(variant):
     """For every task by itself, also when all are computed at once."""
     problem = make_problem(**variant)
-    theta, _, lr = module.split(problem.meta)
+    theta, _, lr = module.split(problem.meta, problem.inner_lr)
     step = partial(module.inner_step, lr=lr, policy=problem.policy)
     at_once = vmap(step, in_dims=(0, None, 0))(problem.phi, theta, problem.outer)
     for i in range(len(ROWS)):
@@ -236,7 +237,7 @@ def test_inner_step_is_the_closed_form(variant):
 def test_derivatives_of_the_inner_step():
     """z is a constant and Â has mean 0: μ' moves one to one with μ, and with α along the score."""
     problem = make_problem()
-    theta, _, lr = module.split(problem.meta)
+    theta, _, lr = module.split(problem.meta, problem.inner_lr)
     phi, batch = of_task(problem.phi, 0), of_task(problem.outer, 0)
 
     def mean(mu, lr_mu):
@@ -250,7 +251,7 @@ def test_derivatives_of_the_inner_step():
 def test_without_latents_it_is_the_step_of_maml():
     """A policy that does not read z and adapts its weights takes maml_trpo.py's inner step."""
     problem = make_problem(adapt_policy=True, latent_adaptation=False)
-    theta, _, lr = module.split(problem.meta)
+    theta, _, lr = module.split(problem.meta, problem.inner_lr)
     theta["net.0.weight"][:, 2:] = 0
     dist = vmap(partial(module.act, theta, policy=problem.policy), in_dims=(None, 0, 0))(
         {}, problem.outer["obs"], torch.zeros(1, 1, Z).expand(3, 1, 1, Z)
@@ -397,22 +398,23 @@ def test_meta_update_starts_where_the_data_was_collected(adapt_policy):
     meta = {name: p.detach() for name, p in policy.named_parameters()}
     steps = {name: p for name, p in meta.items() if adapt_policy} | dict.fromkeys(("mu", "log_sigma"), torch.zeros(Z))
     meta |= {"mu": torch.randn(5, Z), "log_sigma": torch.randn(5, Z)}
-    meta |= {f"log_lr.{name}": torch.full_like(p, -1) for name, p in steps.items()}
-    theta, table, lr = module.split(meta)
+    meta |= {f"x.{name}": torch.full_like(p, -1) for name, p in steps.items()}
+    inner_lr = dict.fromkeys(meta, 0.5)
+    theta, table, lr = module.split(meta, inner_lr)
     phi, tasks = module.start(theta, {name: p[ROWS] for name, p in table.items()}, lr), np.ones((3, 1))
     sizes = {"envs": envs, "policy": policy, "horizon": 4, "gamma": 0.9, "gae_lambda": 0.8, "reward": "dense"}
     inner = module.collect(theta, phi, tasks, np.random.default_rng(0), **sizes)
     phi = vmap(partial(module.inner_step, lr=lr, policy=policy), in_dims=(0, None, 0))(phi, theta, inner)
     outer = module.collect(theta, phi, tasks, np.random.default_rng(1), **sizes)
     vector = parameters_to_vector(meta.values())
-    dist = module.adapted_distributions(vector, meta, ROWS, [inner], outer, policy)
+    dist = module.adapted_distributions(vector, meta, ROWS, [inner], outer, inner_lr, policy)
     torch.testing.assert_close(dist, outer["dist"], rtol=1e-12, atol=1e-12)
 
 
 # -------------------------------------------------------------------------------------------------------- the meta-test
 
 
-def run_evaluate(meta, successes=(), num_steps=5, m=5, group=4):
+def run_evaluate(problem, successes=(), num_steps=5, m=5, group=4):
     """evaluate with a collect and an adapt that do nothing; returns its scores, and the φ and α they were given."""
     seen = SimpleNamespace(phi=[], lr=[], theta=[])
 
@@ -427,7 +429,9 @@ def run_evaluate(meta, successes=(), num_steps=5, m=5, group=4):
         return {name: p + 1 for name, p in phi.items()}
 
     tasks = np.arange(m)[:, None]
-    scores = module.evaluate(meta, tasks, collect, adapt, group, num_steps, 0.7, 0.5, seed=1, paths=(paths := []))
+    scores = module.evaluate(
+        problem.meta, tasks, collect, adapt, group, num_steps, problem.inner_lr, 0.5, seed=1, paths=(paths := [])
+    )
     return scores, seen, paths
 
 
@@ -436,13 +440,13 @@ def test_meta_test_starts_from_the_prior_with_a_step_size_that_shrinks():
     for adapts, expected in ((True, [1, 1, 0.5, 0.25, 0.125]), (False, [1, 1, 1, 0.5, 0.25])):
         problem = make_problem(latent_adaptation=adapts)
         before = {name: p.clone() for name, p in problem.meta.items()}
-        _, seen, paths = run_evaluate(problem.meta)
+        _, seen, paths = run_evaluate(problem)
         assert len(seen.phi) == 12 and len(paths) == 6
         for k, phi in enumerate(seen.phi):
             assert phi.keys() == {"mu", "log_sigma"}  # the policy does not adapt
             assert all(torch.equal(p, torch.full((4, Z), float(k % 6))) for p in phi.values())
         for name in ("mu", "log_sigma"):
-            alpha = problem.meta[f"log_lr.{name}"].exp() if adapts else 0.7
+            alpha = problem.inner_lr[name] * (2 * problem.meta[f"x.{name}"].sigmoid() if adapts else 1)
             for lr, factor in zip(seen.lr, 2 * expected, strict=True):
                 torch.testing.assert_close(torch.as_tensor(lr[name]), torch.as_tensor(factor * alpha))
         assert all(torch.equal(p, before[name]) for name, p in problem.meta.items())
@@ -450,15 +454,15 @@ def test_meta_test_starts_from_the_prior_with_a_step_size_that_shrinks():
 
 def test_the_policy_adapts_at_meta_test_if_it_did_in_training():
     problem = make_problem(adapt_policy=True)
-    _, seen, _ = run_evaluate(problem.meta)
-    theta = module.split(problem.meta)[0]
+    _, seen, _ = run_evaluate(problem)
+    theta = module.split(problem.meta, problem.inner_lr)[0]
     assert seen.phi[0].keys() == {"mu", "log_sigma"} | theta.keys()
     assert all(torch.equal(seen.phi[6][name][2], p) for name, p in theta.items())
 
 
 def test_found():
     """Whether a task had a success in any of the episodes so far."""
-    scores, _, _ = run_evaluate(make_problem().meta, successes=(1, 3))
+    scores, _, _ = run_evaluate(make_problem(), successes=(1, 3))
     assert scores["success"].tolist() == [[0, 0, k in (1, 3), 0, 0] for k in range(6)]
     assert scores["found"].tolist() == [[0, 0, k > 1, 0, 0] for k in range(6)]
 
