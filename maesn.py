@@ -71,7 +71,7 @@ class Args:
     """environment steps of training, adaptation episodes included, meta-test excluded"""
     meta_batch_size: int = 20
     """N, tasks per iteration"""
-    episodes_per_task: int = 20
+    episodes_per_task: int = 10
     """E, episodes per task in each phase of an iteration: before adaptation, and after every inner step"""
     horizon: int = 0
     """T, steps per episode at most (0: the family's own)"""
@@ -120,7 +120,7 @@ class Args:
     """adapt the latent in training (no: the LatentSpace baseline, whose latents are adapted at meta-test only)"""
     adapt_policy: bool = False
     """adapt the policy's weights too, by policy gradient with a learned step size for each"""
-    num_inner_steps: int = 1
+    num_inner_steps: int = 3
     """K, adaptation steps in training"""
     inner_lr: float = 2.0
     """α_μ before training, step size of the latents' means; learned between 0 and twice this, as the next two"""
@@ -154,16 +154,10 @@ class Policy(nn.Module):
 
     def __init__(self, obs_size, latent_dim, action_space, hidden_size, init_std=1.0, normalise_latent=True):
         super().__init__()
-        self.normalise_latent = normalise_latent
-        self.discrete = isinstance(action_space, gym.spaces.Discrete)
-        self.out_size = int(action_space.n) if self.discrete else action_space.shape[0]
-        hidden = [
-            nn.Linear(obs_size + latent_dim, hidden_size),
-            nn.Tanh(),
-            nn.Linear(hidden_size, hidden_size),
-            nn.Tanh(),
-        ]
-        self.net = nn.Sequential(*hidden, nn.Linear(hidden_size, self.out_size))
+        self.normalise_latent, self.discrete = normalise_latent, isinstance(action_space, gym.spaces.Discrete)
+        self.out_size, n = int(action_space.n) if self.discrete else action_space.shape[0], hidden_size
+        hidden = [nn.Linear(obs_size + latent_dim, n), nn.Tanh(), nn.Linear(n, n), nn.Tanh()]
+        self.net = nn.Sequential(*hidden, nn.Linear(n, self.out_size))
         for layer in self.net[::2]:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -303,9 +297,7 @@ def latent_kl(vector, like, rows, weight=1.0) -> torch.Tensor:
     return 0.5 * weight * (mu**2 + (2 * log_sigma).exp() - 1 - 2 * log_sigma).sum(-1).mean()
 
 
-def evaluate(
-    meta, tasks, collect, adapt, group, num_steps, inner_lr, lr_decay, seed, deterministic=False, paths=None
-) -> dict:
+def evaluate(meta, tasks, collect, adapt, group, num_steps, inner_lr, lr_decay, seed, deterministic=False, paths=None):
     """(9) Meta-test on tasks (M, task size): the scores before and after each of num_steps adaptation steps.
 
     collect and adapt: collect and inner_step with their settings; group: the tasks that collect's lanes hold at once;
@@ -347,9 +339,9 @@ def draw(file: Path, paths: list[torch.Tensor], goals: np.ndarray):
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     before, after = figure.subplots(1, 2, sharex=True, sharey=True)
     for axes, shown, title in ((before, paths[0][:1], "z from the prior"), (after, paths[-1][:5], "after adaptation")):
-        for i, episodes in enumerate(shown.cpu()):
+        for i, (goal, episodes) in enumerate(zip(goals, shown.cpu(), strict=False)):
             axes.plot(*episodes[..., :2].permute(2, 1, 0), color=f"C{i}", alpha=0.4, linewidth=0.8)
-            axes.plot(*goals[i], "*", color=f"C{i}", markersize=14, markeredgecolor="k")
+            axes.plot(*goal[:2], "*", color=f"C{i}", markersize=14, markeredgecolor="k")
         axes.set(title=f"{shown.shape[1]} episodes per task, {title}", aspect="equal")
     figure.savefig(file, dpi=120)
     print(f"drew {file}")
@@ -376,18 +368,12 @@ def main(args: Args) -> dict[str, float]:
     if "sparse" in (args.train_reward, args.test_reward):
         require_sparse_reward(envs, test_tasks[:1])
 
-    # meta-parameters: the policy's weights, the table of latents, and the logarithms of the step sizes
-    obs_size, latents = envs.single_observation_space.shape[0], (args.num_train_tasks, args.latent_dim)
-    sizes = {"latent_dim": args.latent_dim, "hidden_size": args.hidden_size}
-    policy = Policy(
-        obs_size,
-        **sizes,
-        action_space=envs.single_action_space,
-        init_std=args.init_std,
-        normalise_latent=args.normalise_latent,
-    )
+    # meta-parameters: the policy's weights, the table of latents, and what the step sizes are computed from
+    read, size = envs.single_observation_space.shape[0], (args.num_train_tasks, args.latent_dim)
+    acts, options = envs.single_action_space, (args.hidden_size, args.init_std, args.normalise_latent)
+    policy = Policy(read, args.latent_dim, acts, *options)
     meta = {name: p.detach() for name, p in policy.named_parameters()}
-    table = {"mu": args.init_mu_std * torch.randn(latents), "log_sigma": torch.zeros(latents)}
+    table = {"mu": args.init_mu_std * torch.randn(size), "log_sigma": torch.zeros(size)}
     inner_lr = dict.fromkeys(meta, args.policy_lr) | {"mu": args.inner_lr, "log_sigma": args.sigma_lr}
     adapted = [*table] * args.latent_adaptation + [*meta] * args.adapt_policy
     x = {f"x.{name}": torch.zeros_like(table[name][0] if name in table else meta[name]) for name in adapted}

@@ -2,6 +2,7 @@
 
 import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -324,6 +325,20 @@ def test_a_bandit(halving):
     assert (max(distances[5:]) < 0.4) == halving and (distances[-1] > 2) == (not halving)
 
 
+# ----------------------------------------------------------------------------------------------------------- the policy
+
+
+def test_the_policy_reads_the_direction_of_z():
+    """At the length √Z, and of z = 0 nothing; without normalisation it reads z itself."""
+    obs, z = torch.randn(7, 2), 5 * torch.randn(7, Z)
+    for normalise, read in ((True, z / z.norm(dim=1, keepdim=True) * Z**0.5), (False, z)):
+        policy = module.Policy(2, Z, gym.spaces.Box(-1, 1, (2,)), 4, init_std=0.3, normalise_latent=normalise)
+        mean, log_std = policy(obs, z).chunk(2, -1)
+        torch.testing.assert_close(mean, policy.net(torch.cat([obs, read], -1)))
+        torch.testing.assert_close(log_std.exp(), torch.full((7, 2), 0.3))
+        assert torch.equal(policy(obs, 0 * z)[:, :2], policy.net(torch.cat([obs, 0 * z], -1)))
+
+
 # ----------------------------------------------------------------------------------------------------------- collection
 
 
@@ -471,6 +486,8 @@ def test_the_figure(tmp_path, monkeypatch, capsys):
     paths = [torch.randn(2, 50, 20, 3), torch.randn(2, 50, 9, 3)]
     module.draw(tmp_path / "a.png", paths, np.ones((7, 2)))
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG") and "a.png" in capsys.readouterr().out
+    module.draw(tmp_path / "a.png", paths, np.ones((1, 2)))  # fewer tasks than lanes
+    capsys.readouterr()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     module.draw(tmp_path / "b.png", paths, np.zeros((7, 2)))
     output = capsys.readouterr().out
@@ -502,3 +519,12 @@ def test_probe_is_learned(train):
     assert scores["eval/return_after_60_episodes"] > 0.7
     assert scores["eval/return_after_0_episodes"] == pytest.approx(0, abs=0.15)
     assert train(inner_lr=1e-9)["eval/return_after_60_episodes"] == pytest.approx(0, abs=0.15)
+
+
+def test_latent_space_collects_once_and_has_no_step_sizes(train):
+    """An iteration is 10 tasks x 10 episodes of one to three steps, without a phase before adaptation."""
+    train(latent_adaptation=False, total_timesteps=1, exp_name="latent_space")
+    (path,) = Path("runs").glob("*__latent_space__*/checkpoint.pt")
+    checkpoint = torch.load(path, weights_only=True)
+    assert 100 <= checkpoint["global_step"] <= 300
+    assert not [name for name in checkpoint["meta"] if name.startswith("x.")]
