@@ -67,7 +67,7 @@ class Args:
     """seed of the initial parameters, episodes and action noise"""
     task_seed: int = 0
     """seed of the task draws: training and held-out tasks depend on nothing else"""
-    total_timesteps: int = 5_000_000
+    total_timesteps: int = 2_000_000
     """environment steps of training, adaptation episodes included, meta-test excluded"""
     meta_batch_size: int = 20
     """N, tasks per iteration"""
@@ -122,12 +122,10 @@ class Args:
     """adapt the policy's weights too, by policy gradient with a learned step size for each"""
     num_inner_steps: int = 3
     """K, adaptation steps in training"""
-    inner_lr: float = 2.0
-    """α_μ before training, step size of the latents' means; learned between 0 and twice this, as the next two"""
-    sigma_lr: float = 1.0
-    """α_σ before training, step size of the latents' log standard deviations"""
+    inner_lr: float = 1.0
+    """α before training, step size of the latents' adaptation"""
     policy_lr: float = 0.1
-    """α before training of the policy's weights, with --adapt-policy"""
+    """the same of the policy's weights, with --adapt-policy"""
     eval_lr_decay: float = 0.5
     """factor on α at each adaptation step at meta-test, from the third on"""
     kl_weight: float = 0.1
@@ -259,14 +257,11 @@ def inner_step(phi, theta, batch, lr, policy) -> dict:
     return {name: p - lr[name] * grads[name] if name in lr else p for name, p in phi.items()}
 
 
-def split(meta, inner_lr) -> tuple[dict, dict, dict]:
-    """Meta-parameters to the policy's weights, the table of latents (M, Z), and the step sizes α of what is adapted.
-
-    α = 2 inner_lr sigmoid(x) with a meta-parameter x, 0 before training; inner_lr: a number by name.
-    """
+def split(meta) -> tuple[dict, dict, dict]:
+    """Meta-parameters to the policy's weights, the table of latents (M, Z), and the step sizes α of what is adapted."""
     table = {name: meta[name] for name in ("mu", "log_sigma")}
-    lr = {name: 2 * inner_lr[name] * meta[f"x.{name}"].sigmoid() for name in inner_lr if f"x.{name}" in meta}
-    return {name: p for name, p in meta.items() if name not in table and not name.startswith("x.")}, table, lr
+    lr = {name.removeprefix("log_lr."): p.exp() for name, p in meta.items() if name.startswith("log_lr.")}
+    return {name: p for name, p in meta.items() if name not in table and not name.startswith("log_lr.")}, table, lr
 
 
 def start(theta, latents, lr) -> dict:
@@ -275,12 +270,12 @@ def start(theta, latents, lr) -> dict:
     return latents | {name: p.expand(n, *p.shape) for name, p in theta.items() if name in lr}
 
 
-def adapted_distributions(vector, like, rows, inner_batches, outer_batch, inner_lr, policy) -> torch.Tensor:
+def adapted_distributions(vector, like, rows, inner_batches, outer_batch, policy) -> torch.Tensor:
     """The map of (6)-(8): meta-parameters (P,), named as in like, to what is done on outer_batch, dist (N, E, T, D).
 
     rows (N,): those of the tasks in the table.
     """
-    theta, table, lr = split(unflatten(vector, like), inner_lr)
+    theta, table, lr = split(unflatten(vector, like))
 
     def of_task(phi, inner_batches, obs, eps):
         for batch in inner_batches:
@@ -301,13 +296,13 @@ def evaluate(meta, tasks, collect, adapt, group, num_steps, inner_lr, lr_decay, 
     """(9) Meta-test on tasks (M, task size): the scores before and after each of num_steps adaptation steps.
 
     collect and adapt: collect and inner_step with their settings; group: the tasks that collect's lanes hold at once;
-    inner_lr: of split, and α of latents that have not learned theirs; paths: a list that gets the observations of the
-    first group, phase by phase. Returns {"return": (num_steps + 1, M), ...}, means over a task's episodes; "found" is
+    inner_lr: α of latents that have not learned theirs; paths: a list that gets the first group's observations, phase
+    by phase. Returns {"return": (num_steps + 1, M), ...}, means over a task's episodes; "found" is
     whether any episode before was a success. Draws depend on seed and group alone: all calls meet the same episodes.
     """
-    theta, table, lr = split(meta, inner_lr)
+    theta, table, lr = split(meta)
     hold = 1 if "mu" in lr else 2  # step sizes until they shrink, as in the original
-    lr = {name: inner_lr[name] for name in table} | lr
+    lr = dict.fromkeys(table, inner_lr) | lr
     scores = {}
     for first in range(0, len(tasks), group):
         members = (first + np.arange(group))[shard(group)]  # the last group wraps around
@@ -368,16 +363,16 @@ def main(args: Args) -> dict[str, float]:
     if "sparse" in (args.train_reward, args.test_reward):
         require_sparse_reward(envs, test_tasks[:1])
 
-    # meta-parameters: the policy's weights, the table of latents, and what the step sizes are computed from
+    # meta-parameters: the policy's weights, the table of latents, and the logarithms of the step sizes
     read, size = envs.single_observation_space.shape[0], (args.num_train_tasks, args.latent_dim)
     acts, options = envs.single_action_space, (args.hidden_size, args.init_std, args.normalise_latent)
     policy = Policy(read, args.latent_dim, acts, *options)
     meta = {name: p.detach() for name, p in policy.named_parameters()}
     table = {"mu": args.init_mu_std * torch.randn(size), "log_sigma": torch.zeros(size)}
-    inner_lr = dict.fromkeys(meta, args.policy_lr) | {"mu": args.inner_lr, "log_sigma": args.sigma_lr}
-    adapted = [*table] * args.latent_adaptation + [*meta] * args.adapt_policy
-    x = {f"x.{name}": torch.zeros_like(table[name][0] if name in table else meta[name]) for name in adapted}
-    meta |= table | x
+    steps = {name: torch.full_like(p, args.policy_lr) for name, p in meta.items() if args.adapt_policy}
+    if args.latent_adaptation:
+        steps |= {name: torch.full((args.latent_dim,), args.inner_lr) for name in table}
+    meta |= table | {f"log_lr.{name}": alpha.log() for name, alpha in steps.items()}
     meta = {name: p.to(device) for name, p in (checkpoint["meta"] if checkpoint else meta).items()}
 
     # the functions above with this run's settings
@@ -387,7 +382,7 @@ def main(args: Args) -> dict[str, float]:
     adapt = partial(inner_step, policy=policy)
     meta_test = partial(
         evaluate, tasks=test_tasks, collect=collect_test, adapt=adapt, group=n, num_steps=args.num_eval_steps,
-        inner_lr=inner_lr, lr_decay=args.eval_lr_decay, seed=args.seed, deterministic=args.deterministic_eval,
+        inner_lr=args.inner_lr, lr_decay=args.eval_lr_decay, seed=args.seed, deterministic=args.deterministic_eval,
     )  # fmt: skip
     trust_region = {"max_kl": args.max_kl, "cg_iters": args.cg_iters, "cg_damping": args.cg_damping}
     if args.evaluate:
@@ -396,7 +391,7 @@ def main(args: Args) -> dict[str, float]:
             draw(Path(args.evaluate) / "episodes.png", paths, test_tasks)
         return metrics
 
-    num_inner_steps = args.num_inner_steps if adapted else 0  # nothing to adapt: no episodes for it
+    num_inner_steps = args.num_inner_steps if steps else 0  # nothing to adapt: no episodes for it
     with closing(Run(args, global_step)) as run:
         while global_step < args.total_timesteps and not run.stopping():
             iteration, begin = iteration + 1, time.perf_counter()
@@ -407,7 +402,7 @@ def main(args: Args) -> dict[str, float]:
             tasks = train_tasks[rows]
 
             # (2)-(5) collect and adapt, and collect with the adapted latents
-            theta, table, lr = split(meta, inner_lr)
+            theta, table, lr = split(meta)
             phi, batches = start(theta, {name: p[rows] for name, p in table.items()}, lr), []
             for k in range(num_inner_steps + 1):
                 batches.append(collect_train(theta, phi, tasks, keyed_rng(args.seed, "train", iteration, k)))
@@ -419,7 +414,7 @@ def main(args: Args) -> dict[str, float]:
             *inner_batches, outer_batch = batches
             of_rows = {"like": meta, "rows": rows}
             dist_of = partial(adapted_distributions, **of_rows, inner_batches=inner_batches)
-            dist_of = partial(dist_of, outer_batch=outer_batch, inner_lr=inner_lr, policy=policy)
+            dist_of = partial(dist_of, outer_batch=outer_batch, policy=policy)
             penalty = partial(latent_kl, **of_rows, weight=args.kl_weight / ranks()[1])
             vector = parameters_to_vector(meta.values())
             vector, losses = meta_update(vector, dist_of, outer_batch, policy, penalty=penalty, **trust_region)

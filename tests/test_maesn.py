@@ -63,7 +63,7 @@ def plain_phi(problem, vector, i):
     meta = dict(zip(problem.meta, vector.split([p.numel() for p in problem.meta.values()]), strict=True))
     meta = {name: p.view(problem.meta[name].shape) for name, p in meta.items()}
     theta = {name: p for name, p in meta.items() if name.startswith("net") or name == "log_std"}
-    lr = {name[2:]: 2 * problem.inner_lr[name[2:]] / (1 + (-x).exp()) for name, x in meta.items() if name[:2] == "x."}
+    lr = {name[7:]: p.exp() for name, p in meta.items() if name.startswith("log_lr.")}
     phi = {name: meta[name][ROWS[i]] for name in ("mu", "log_sigma")}
     phi |= {name: p for name, p in theta.items() if name in lr}
     for batch in problem.inner:
@@ -118,10 +118,9 @@ def make_problem(num_steps=1, adapt_policy=False, latent_adaptation=True, weight
     meta = {name: p.detach() + 0.3 * torch.randn_like(p) for name, p in policy.named_parameters()}
     steps = {name: p for name, p in meta.items() if adapt_policy}
     meta |= {"mu": torch.randn(5, Z), "log_sigma": 0.3 * torch.randn(5, Z)}
-    inner_lr = dict.fromkeys(policy.state_dict(), 0.3) | {"mu": 0.7, "log_sigma": 0.4}
     steps |= {"mu": torch.zeros(Z), "log_sigma": torch.zeros(Z)} if latent_adaptation else {}
-    meta |= {f"x.{name}": 0.3 * torch.randn_like(p) for name, p in steps.items()}
-    problem = SimpleNamespace(policy=policy, meta=meta, inner=[], weight=weight, inner_lr=inner_lr)
+    meta |= {f"log_lr.{name}": -1 + 0.3 * torch.randn_like(p) for name, p in steps.items()}
+    problem = SimpleNamespace(policy=policy, meta=meta, inner=[], weight=weight)
     problem.vector = parameters_to_vector(meta.values())
     for k in range(num_steps + 1):
         found = [plain_phi(problem, problem.vector, i) for i in range(len(ROWS))]
@@ -135,7 +134,6 @@ def make_problem(num_steps=1, adapt_policy=False, latent_adaptation=True, weight
         rows=ROWS,
         inner_batches=problem.inner,
         outer_batch=batch,
-        inner_lr=inner_lr,
         policy=policy,
     )
     problem.penalty = partial(module.latent_kl, like=meta, rows=ROWS, weight=weight)
@@ -211,7 +209,7 @@ def test_kl_to_the_prior():
     expected = torch.distributions.kl_divergence(Normal(mu, sigma), Normal(0.0, 1.0)).sum(-1).mean()
     torch.testing.assert_close(module.latent_kl(problem.vector, problem.meta, ROWS), expected)
     torch.testing.assert_close(problem.penalty(problem.vector), problem.weight * expected)
-    other = problem.meta | {name: p + 1 for name, p in problem.meta.items() if name.startswith(("x.", "net"))}
+    other = problem.meta | {name: p + 1 for name, p in problem.meta.items() if name.startswith(("log_lr", "net"))}
     assert torch.equal(problem.penalty(parameters_to_vector(other.values())), problem.penalty(problem.vector))
 
 
@@ -222,7 +220,7 @@ def test_kl_to_the_prior():
 def test_inner_step_is_the_closed_form(variant):
     """For every task by itself, also when all are computed at once."""
     problem = make_problem(**variant)
-    theta, _, lr = module.split(problem.meta, problem.inner_lr)
+    theta, _, lr = module.split(problem.meta)
     step = partial(module.inner_step, lr=lr, policy=problem.policy)
     at_once = vmap(step, in_dims=(0, None, 0))(problem.phi, theta, problem.outer)
     for i in range(len(ROWS)):
@@ -238,7 +236,7 @@ def test_inner_step_is_the_closed_form(variant):
 def test_derivatives_of_the_inner_step():
     """z is a constant and Â has mean 0: μ' moves one to one with μ, and with α along the score."""
     problem = make_problem()
-    theta, _, lr = module.split(problem.meta, problem.inner_lr)
+    theta, _, lr = module.split(problem.meta)
     phi, batch = of_task(problem.phi, 0), of_task(problem.outer, 0)
 
     def mean(mu, lr_mu):
@@ -252,7 +250,7 @@ def test_derivatives_of_the_inner_step():
 def test_without_latents_it_is_the_step_of_maml():
     """A policy that does not read z and adapts its weights takes maml_trpo.py's inner step."""
     problem = make_problem(adapt_policy=True, latent_adaptation=False)
-    theta, _, lr = module.split(problem.meta, problem.inner_lr)
+    theta, _, lr = module.split(problem.meta)
     theta["net.0.weight"][:, 2:] = 0
     dist = vmap(partial(module.act, theta, policy=problem.policy), in_dims=(None, 0, 0))(
         {}, problem.outer["obs"], torch.zeros(1, 1, Z).expand(3, 1, 1, Z)
@@ -413,16 +411,15 @@ def test_meta_update_starts_where_the_data_was_collected(adapt_policy):
     meta = {name: p.detach() for name, p in policy.named_parameters()}
     steps = {name: p for name, p in meta.items() if adapt_policy} | dict.fromkeys(("mu", "log_sigma"), torch.zeros(Z))
     meta |= {"mu": torch.randn(5, Z), "log_sigma": torch.randn(5, Z)}
-    meta |= {f"x.{name}": torch.full_like(p, -1) for name, p in steps.items()}
-    inner_lr = dict.fromkeys(meta, 0.5)
-    theta, table, lr = module.split(meta, inner_lr)
+    meta |= {f"log_lr.{name}": torch.full_like(p, -1) for name, p in steps.items()}
+    theta, table, lr = module.split(meta)
     phi, tasks = module.start(theta, {name: p[ROWS] for name, p in table.items()}, lr), np.ones((3, 1))
     sizes = {"envs": envs, "policy": policy, "horizon": 4, "gamma": 0.9, "gae_lambda": 0.8, "reward": "dense"}
     inner = module.collect(theta, phi, tasks, np.random.default_rng(0), **sizes)
     phi = vmap(partial(module.inner_step, lr=lr, policy=policy), in_dims=(0, None, 0))(phi, theta, inner)
     outer = module.collect(theta, phi, tasks, np.random.default_rng(1), **sizes)
     vector = parameters_to_vector(meta.values())
-    dist = module.adapted_distributions(vector, meta, ROWS, [inner], outer, inner_lr, policy)
+    dist = module.adapted_distributions(vector, meta, ROWS, [inner], outer, policy)
     torch.testing.assert_close(dist, outer["dist"], rtol=1e-12, atol=1e-12)
 
 
@@ -445,7 +442,7 @@ def run_evaluate(problem, successes=(), num_steps=5, m=5, group=4):
 
     tasks = np.arange(m)[:, None]
     scores = module.evaluate(
-        problem.meta, tasks, collect, adapt, group, num_steps, problem.inner_lr, 0.5, seed=1, paths=(paths := [])
+        problem.meta, tasks, collect, adapt, group, num_steps, 0.7, 0.5, seed=1, paths=(paths := [])
     )
     return scores, seen, paths
 
@@ -461,7 +458,7 @@ def test_meta_test_starts_from_the_prior_with_a_step_size_that_shrinks():
             assert phi.keys() == {"mu", "log_sigma"}  # the policy does not adapt
             assert all(torch.equal(p, torch.full((4, Z), float(k % 6))) for p in phi.values())
         for name in ("mu", "log_sigma"):
-            alpha = problem.inner_lr[name] * (2 * problem.meta[f"x.{name}"].sigmoid() if adapts else 1)
+            alpha = problem.meta[f"log_lr.{name}"].exp() if adapts else 0.7
             for lr, factor in zip(seen.lr, 2 * expected, strict=True):
                 torch.testing.assert_close(torch.as_tensor(lr[name]), torch.as_tensor(factor * alpha))
         assert all(torch.equal(p, before[name]) for name, p in problem.meta.items())
@@ -470,7 +467,7 @@ def test_meta_test_starts_from_the_prior_with_a_step_size_that_shrinks():
 def test_the_policy_adapts_at_meta_test_if_it_did_in_training():
     problem = make_problem(adapt_policy=True)
     _, seen, _ = run_evaluate(problem)
-    theta = module.split(problem.meta, problem.inner_lr)[0]
+    theta = module.split(problem.meta)[0]
     assert seen.phi[0].keys() == {"mu", "log_sigma"} | theta.keys()
     assert all(torch.equal(seen.phi[6][name][2], p) for name, p in theta.items())
 
@@ -527,4 +524,4 @@ def test_latent_space_collects_once_and_has_no_step_sizes(train):
     (path,) = Path("runs").glob("*__latent_space__*/checkpoint.pt")
     checkpoint = torch.load(path, weights_only=True)
     assert 100 <= checkpoint["global_step"] <= 300
-    assert not [name for name in checkpoint["meta"] if name.startswith("x.")]
+    assert not [name for name in checkpoint["meta"] if name.startswith("log_lr")]
