@@ -122,8 +122,10 @@ class Args:
     """adapt the policy's weights too, by policy gradient with a learned step size for each"""
     num_inner_steps: int = 3
     """K, adaptation steps in training"""
-    inner_lr: float = 1.0
-    """α before training, step size of the latents' adaptation"""
+    inner_lr: float = 1.5
+    """α before training, step size of the latents' means μ"""
+    sigma_lr: float = 0.5
+    """the same of the latents' log σ"""
     policy_lr: float = 0.1
     """the same of the policy's weights, with --adapt-policy"""
     eval_lr_decay: float = 0.5
@@ -296,13 +298,13 @@ def evaluate(meta, tasks, collect, adapt, group, num_steps, inner_lr, lr_decay, 
     """(9) Meta-test on tasks (M, task size): the scores before and after each of num_steps adaptation steps.
 
     collect and adapt: collect and inner_step with their settings; group: the tasks that collect's lanes hold at once;
-    inner_lr: α of latents that have not learned theirs; paths: a list that gets the first group's observations, phase
-    by phase. Returns {"return": (num_steps + 1, M), ...}, means over a task's episodes; "found" is
-    whether any episode before was a success. Draws depend on seed and group alone: all calls meet the same episodes.
+    inner_lr: α by name, of latents that have not learned it; paths: a list that gets the first group's observations,
+    phase by phase. Returns {"return": (num_steps + 1, M), ...}, means over a task's episodes; "found" is whether any
+    episode before was a success. Draws depend on seed and group alone, so that every call meets the same episodes.
     """
     theta, table, lr = split(meta)
     hold = 1 if "mu" in lr else 2  # step sizes until they shrink, as in the original
-    lr = dict.fromkeys(table, inner_lr) | lr
+    lr = inner_lr | lr
     scores = {}
     for first in range(0, len(tasks), group):
         members = (first + np.arange(group))[shard(group)]  # the last group wraps around
@@ -370,8 +372,9 @@ def main(args: Args) -> dict[str, float]:
     meta = {name: p.detach() for name, p in policy.named_parameters()}
     table = {"mu": args.init_mu_std * torch.randn(size), "log_sigma": torch.zeros(size)}
     steps = {name: torch.full_like(p, args.policy_lr) for name, p in meta.items() if args.adapt_policy}
+    inner_lr = {"mu": args.inner_lr, "log_sigma": args.sigma_lr}
     if args.latent_adaptation:
-        steps |= {name: torch.full((args.latent_dim,), args.inner_lr) for name in table}
+        steps |= {name: torch.full((args.latent_dim,), alpha) for name, alpha in inner_lr.items()}
     meta |= table | {f"log_lr.{name}": alpha.log() for name, alpha in steps.items()}
     meta = {name: p.to(device) for name, p in (checkpoint["meta"] if checkpoint else meta).items()}
 
@@ -382,7 +385,7 @@ def main(args: Args) -> dict[str, float]:
     adapt = partial(inner_step, policy=policy)
     meta_test = partial(
         evaluate, tasks=test_tasks, collect=collect_test, adapt=adapt, group=n, num_steps=args.num_eval_steps,
-        inner_lr=args.inner_lr, lr_decay=args.eval_lr_decay, seed=args.seed, deterministic=args.deterministic_eval,
+        inner_lr=inner_lr, lr_decay=args.eval_lr_decay, seed=args.seed, deterministic=args.deterministic_eval,
     )  # fmt: skip
     trust_region = {"max_kl": args.max_kl, "cg_iters": args.cg_iters, "cg_damping": args.cg_damping}
     if args.evaluate:

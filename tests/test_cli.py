@@ -51,7 +51,14 @@ BAD_PEARL += [
 ]
 BAD_PEARL += [("hidden_size", 0), ("encoder_size", 0), ("latent_size", 0), ("exploration_episodes", 0)]
 BAD_PEARL += [("warmup_iterations", -1), ("warmup_gradient_steps", 0)]
-BAD_MAESN = [("latent_dim", 0), ("init_mu_std", -1), ("inner_lr", 0), ("policy_lr", 0), ("eval_lr_decay", 0)]
+BAD_MAESN = [
+    ("latent_dim", 0),
+    ("init_mu_std", -1),
+    ("inner_lr", 0),
+    ("sigma_lr", 0),
+    ("policy_lr", 0),
+    ("eval_lr_decay", 0),
+]
 BAD_MAESN += [("kl_weight", -1), ("num_inner_steps", 0), ("max_kl", 0), ("hidden_size", 0), ("init_std", 0)]
 BAD_OWN = {"maml_trpo": BAD_MAML, "rl2": BAD_RL2, "pearl": BAD_PEARL}
 BAD_OWN["maesn"] = BAD_MAESN

@@ -18,6 +18,7 @@ import maesn as module
 import maml_trpo
 
 Z, ROWS = 2, np.array([3, 0, 3])  # of a table of five; one of them twice
+LR = {"mu": 0.7, "log_sigma": 0.3}
 
 
 @pytest.fixture(autouse=True)
@@ -442,7 +443,7 @@ def run_evaluate(problem, successes=(), num_steps=5, m=5, group=4):
 
     tasks = np.arange(m)[:, None]
     scores = module.evaluate(
-        problem.meta, tasks, collect, adapt, group, num_steps, 0.7, 0.5, seed=1, paths=(paths := [])
+        problem.meta, tasks, collect, adapt, group, num_steps, LR, 0.5, seed=1, paths=(paths := [])
     )
     return scores, seen, paths
 
@@ -458,7 +459,7 @@ def test_meta_test_starts_from_the_prior_with_a_step_size_that_shrinks():
             assert phi.keys() == {"mu", "log_sigma"}  # the policy does not adapt
             assert all(torch.equal(p, torch.full((4, Z), float(k % 6))) for p in phi.values())
         for name in ("mu", "log_sigma"):
-            alpha = problem.meta[f"log_lr.{name}"].exp() if adapts else 0.7
+            alpha = problem.meta[f"log_lr.{name}"].exp() if adapts else LR[name]
             for lr, factor in zip(seen.lr, 2 * expected, strict=True):
                 torch.testing.assert_close(torch.as_tensor(lr[name]), torch.as_tensor(factor * alpha))
         assert all(torch.equal(p, before[name]) for name, p in problem.meta.items())
@@ -515,7 +516,7 @@ def test_probe_is_learned(train):
     scores = train()
     assert scores["eval/return_after_60_episodes"] > 0.7
     assert scores["eval/return_after_0_episodes"] == pytest.approx(0, abs=0.15)
-    assert train(inner_lr=1e-9)["eval/return_after_60_episodes"] == pytest.approx(0, abs=0.15)
+    assert train(inner_lr=1e-9, sigma_lr=1e-9)["eval/return_after_60_episodes"] == pytest.approx(0, abs=0.15)
 
 
 def test_latent_space_collects_once_and_has_no_step_sizes(train):
