@@ -3,13 +3,14 @@ Gupta, Mendonca, Liu, Abbeel and Levine, NeurIPS 2018, arXiv 1802.07245, Algorit
 
 Meta-learns a policy π(a|o,z) that reads a latent z, drawn once per episode: noise that stays the same for an episode
 makes its actions hang together. Each training task has its own latent distribution N(μ_i, σ_i²), and adapting to a
-task is a gradient step on this distribution. A new task starts from the prior N(0, I). Each iteration:
+task is moving this distribution. A new task starts from the prior N(0, I). Each iteration:
 
 (1) Draw a meta-batch of N training tasks, and with them their rows (μ_i, log σ_i) of the table of latents.
 (2) Collect E episodes in every task: draw ε from N(0, I) for each episode, and act with z = μ_i + σ_i ε to its end.
 (3) Advantages against a linear baseline, standardised per task: A of every step, and Â of every episode as a whole.
 (4) Adapt: one gradient step per task on L_i = -mean over e of log N(z_e; μ_i, σ_i²) Â_e, in μ_i and log σ_i, with
     step sizes α that are learned, one per dimension of the latent. z is a constant here: the score function.
+    Further inner steps repeat (2)-(4) from there.
 (5) Collect E new episodes in every task with the adapted (μ_i', σ_i'), and their advantages as in (3).
 (6) Meta-gradient in the policy, the table's rows and α, of S = -mean over i and t of π(a|o,z') / π_old(a|o,z') A plus
     w KL(N(μ_i, σ_i²) || N(0, I)), through z' = μ_i' + σ_i' ε with the ε of (5), and through (4).
@@ -22,8 +23,9 @@ Train:     python maesn.py
 Resume:    python maesn.py --resume runs/NAME
 Evaluate:  python maesn.py --evaluate runs/NAME
 
-Differs from the paper in: adapts the latent only, as the authors' code does (--adapt-policy adds the policy), the exact
-Fisher-vector product (their code: finite differences), two tanh layers of 64 units. The list: docs/maesn.md.
+Differs from the paper in: the policy reads the direction of z only (--no-normalise-latent: z), three inner steps in
+training (one), the latent alone adapts, as in the authors' code (--adapt-policy: the weights too), and the exact
+Fisher-vector product (their code: finite differences). The whole list: docs/maesn.md.
 """
 
 from __future__ import annotations
