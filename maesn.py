@@ -335,7 +335,7 @@ def draw(file: Path, paths: list[torch.Tensor], goals: np.ndarray):
         from matplotlib.figure import Figure
     except ImportError:
         return print("no figure of the episodes: it needs matplotlib (pip install matplotlib)")
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
     before, after = figure.subplots(1, 2, sharex=True, sharey=True)
     for axes, shown, title in ((before, paths[0][:1], "z from the prior"), (after, paths[-1][:5], "after adaptation")):
         for i, (goal, episodes) in enumerate(zip(goals, shown.cpu(), strict=False)):
