@@ -287,7 +287,7 @@ def test_episode_advantages():
     changed = batch | {"rewards": 100 * batch["rewards"] - 3}
     torch.testing.assert_close(module.episode_advantages(changed, 0.9), advantages, rtol=1e-6, atol=1e-6)
     two = {name: torch.cat([x, x]) for name, x in batch.items()}
-    two["rewards"][1] = 0.1  # each task by itself: here all returns are equal, and nothing is left
+    two["rewards"][1] = 0.1 + 1e-12 * torch.randn(7, 5)  # each task by itself: here returns are equal but for rounding
     both = module.episode_advantages(two, 0.9)
     torch.testing.assert_close(both[:1], advantages)
     assert torch.equal(both[1], torch.zeros(7))
@@ -404,6 +404,22 @@ def test_collect(env_id):
     assert torch.equal(collect(tasks + 1, np.random.default_rng(5))["eps"], eps)
 
 
+def test_the_sparse_reward():
+    """Takes the place of the dense one, in the returns and in both kinds of advantages."""
+    envs, policy = module.make_envs("SparsePointRobot-v0", 60), module.Policy(2, Z, gym.spaces.Box(-1, 1, (2,)), 4)
+    theta, phi = dict(policy.named_parameters()), {"mu": torch.zeros(3, Z), "log_sigma": torch.zeros(3, Z)}
+    sizes = {"envs": envs, "policy": policy, "horizon": 20, "gamma": 0.9, "gae_lambda": 0.8}
+    dense, sparse = (
+        module.collect(theta, phi, np.full((3, 2), 0.2), np.random.default_rng(0), reward=reward, **sizes)
+        for reward in ("dense", "sparse")
+    )
+    assert torch.equal(sparse["rewards"], dense["sparse_reward"]) and (sparse["rewards"] > 0).any()
+    torch.testing.assert_close(sparse["episode_advantages"], module.episode_advantages(sparse, 0.9))
+    torch.testing.assert_close(sparse["advantages"], module.standardised_advantages(sparse, 0.9, 0.8))
+    for name in ("advantages", "episode_advantages", "rewards"):
+        assert not torch.allclose(sparse[name], dense[name])
+
+
 @pytest.mark.parametrize("adapt_policy", [False, True])
 def test_meta_update_starts_where_the_data_was_collected(adapt_policy):
     """From collection to update, everything agrees: what dist_of computes is what was done."""
@@ -517,6 +533,34 @@ def test_probe_is_learned(train):
     assert scores["eval/return_after_60_episodes"] > 0.7
     assert scores["eval/return_after_0_episodes"] == pytest.approx(0, abs=0.15)
     assert train(inner_lr=1e-9, sigma_lr=1e-9)["eval/return_after_60_episodes"] == pytest.approx(0, abs=0.15)
+
+
+def test_flags_reach_the_update(train, monkeypatch):
+    """Weight of the KL, spread of the latents, step sizes before training, inner steps."""
+    update, seen = module.meta_update, []
+
+    def spy(vector, dist_of, batch, policy, penalty, **settings):
+        seen.append((penalty(vector).item(), dist_of.keywords["like"], dist_of.keywords["inner_batches"]))
+        return update(vector, dist_of, batch, policy, penalty=penalty, **settings)
+
+    monkeypatch.setattr(module, "meta_update", spy)
+    flags = {"num_inner_steps": 2, "inner_lr": 0.3, "sigma_lr": 0.2, "adapt_policy": True, "policy_lr": 0.1}
+    for weight, spread in ((1.0, 1.0), (3.0, 1.0), (1.0, 0.0)):
+        train(total_timesteps=1, kl_weight=weight, init_mu_std=spread, **flags)
+    kl = [penalty for penalty, _, _ in seen]
+    assert kl[0] > 0.1 and kl == pytest.approx([kl[0], 3 * kl[0], 0])
+    for _, meta, inner_batches in seen:
+        assert len(inner_batches) == 2
+        for name, alpha in (("mu", 0.3), ("log_sigma", 0.2), ("net.0.weight", 0.1), ("log_std", 0.1)):
+            torch.testing.assert_close(meta[f"log_lr.{name}"].exp(), torch.full_like(meta[f"log_lr.{name}"], alpha))
+
+
+def test_every_training_task_has_a_row_of_its_own(train):
+    """Latents that do not adapt learn their tasks by heart, those of all tasks, in meta-batches of half of them."""
+    settings = {"latent_adaptation": False, "num_train_tasks": 20, "total_timesteps": 30_000, "kl_weight": 0.01}
+    assert train(exp_name="by_heart", **settings)["charts/episodic_return"] > 0.5
+    (path,) = Path("runs").glob("*__by_heart__*/checkpoint.pt")
+    assert (torch.load(path, weights_only=True)["meta"]["log_sigma"] != 0).all()
 
 
 def test_latent_space_collects_once_and_has_no_step_sizes(train):
