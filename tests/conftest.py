@@ -35,7 +35,13 @@ OWN["pearl"] |= {
     "replay_size": 500,
 }
 OWN["pearl"] |= {"hidden_size": 8, "encoder_size": 8}
-OWN["maesn"] = {"hidden_size": 8, "num_train_tasks": 6, "eval_episodes": 2, "test_reward": "dense"}
+OWN["maesn"] = {
+    "hidden_size": 8,
+    "num_train_tasks": 6,
+    "num_inner_steps": 1,
+    "eval_episodes": 2,
+    "test_reward": "dense",
+}
 
 
 def to_argv(flags):
