@@ -242,7 +242,7 @@ class Expert(nn.Module):
         ids, task = torch.arange(len(self.tasks), device=device), self.tasks.unsqueeze(1)
         task = task.expand(-1, batch_size, *self.tasks.shape[1:])
         for _ in range(num_steps):
-            batch = draw(self.replay, ids, batch_size, generator).split(self.widths, -1)
+            batch = draw_rows(self.replay, ids, batch_size, generator).split(self.widths, -1)
             shape = (2, self.num_tasks, batch_size, self.action_size)
             noise = torch.randn(shape, generator=generator, device=device)[:, shard(self.num_tasks)]
             total += self.step(batch, task, noise)
@@ -389,7 +389,7 @@ def imitation_loss(theta, lr, batch, obs, labels, policy, importance_clip) -> tu
     return (dist[..., : labels.shape[-1]] - labels).square().mean(), weights
 
 
-def draw(store, ids, n, generator) -> torch.Tensor:
+def draw_rows(store, ids, n, generator) -> torch.Tensor:
     """n rows of each of this rank's tasks ids, (N, n, W), with replacement; the draws are those of one process."""
     everyone = len(ids) * ranks()[1]
     draws = torch.rand(everyone, n, generator=generator, device=ids.device, dtype=torch.float64)[shard(everyone)]
@@ -568,7 +568,7 @@ def main(args: Args) -> dict[str, float]:
             if demonstrated:
                 collected, loss, weight = time.perf_counter(), 0, torch.zeros(len(tasks), device=device)
                 for _ in range(args.gradient_steps):
-                    obs, labels = draw(data, picked, args.batch_size, generator).split([obs_size, action_size], -1)
+                    obs, labels = draw_rows(data, picked, args.batch_size, generator).split([obs_size, action_size], -1)
                     imitation, weights = imitation_loss(theta, lr, batch, obs, labels, **inner)
                     apply_gradient(optimizer, imitation)
                     loss, weight = loss + imitation.detach(), torch.maximum(weight, weights)
@@ -1039,6 +1039,7 @@ def join(x: torch.Tensor) -> torch.Tensor:
 MAY_BE_ZERO = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps"}
 MAY_BE_ZERO |= {"gae_lambda", "cg_damping", "ent_coef"}
 MAY_BE_ZERO |= {"bias_size", "expert_noise", "importance_clip"}
+MAY_BE_ZERO |= {"init_mu_std"}
 MAY_BE_ZERO |= {"posterior_steps", "extra_steps", "warmup_iterations", "kl_weight", "regularization"}
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "num_threads", "eval_every", "checkpoint_every"}
 MAY_CHANGE_TO_EVALUATE = {"num_test_tasks", "num_eval_steps", "eval_episodes", "deterministic_eval", "test_reward"}

@@ -238,48 +238,6 @@ def adapted_distributions(vector, like, inner_batches, obs, inner_lr, policy, ki
     return vmap(of_task, chunk_size=chunk)(inner_batches, obs)
 
 
-def meta_update(vector, dist_of, batch, policy, max_kl, cg_iters, cg_damping) -> tuple[torch.Tensor, dict]:
-    """(6)-(8) One natural gradient step on the meta-parameters, vector (P,).
-
-    dist_of: (P,) -> (N, E, T, D), the adapted_distributions on batch. Returns the new vector, which is the old one if
-    no step was acceptable, and what to log.
-    """
-    steps = batch["mask"].sum((1, 2), keepdim=True)
-    weight = batch["mask"] / (steps * len(steps) * ranks()[1])  # mean over a task's steps, then over all tasks
-
-    def surrogate(dist):
-        difference = policy.distribution(dist).log_prob(batch["actions"]) - batch["logprobs"]
-        return -(weight * torch.exp(difference * batch["mask"]) * batch["advantages"]).sum()
-
-    def kl(dist):
-        return (weight * kl_divergence(policy.distribution(batch["dist"]), policy.distribution(dist))).sum()
-
-    def surrogate_and_kl(dist):
-        return all_reduce(torch.stack([surrogate(dist), kl(dist)])).tolist()
-
-    # (6) ∇S = Jᵀ ∂S/∂dist
-    dist, pull = vjp(dist_of, vector)  # pull: c -> Jᵀ c
-    gradient = all_reduce(pull(grad(surrogate)(dist))[0])
-    if not gradient.isfinite().all():
-        fail("the meta-gradient is not finite: try a smaller --inner-lr")
-
-    # (7) H v = Jᵀ F J v, all from the graph of (6): pull is linear, so that its own vjp is v -> J v
-    _, push = vjp(lambda c: pull(c)[0], torch.zeros_like(dist))
-    _, fisher = vjp(grad(kl), dist)  # F is the Hessian of the KL in dist, and symmetric
-
-    def fisher_product(v):
-        return all_reduce(pull(*fisher(*push(v)))[0]) + cg_damping * v
-
-    direction, image = conjugate_gradient(fisher_product, gradient, cg_iters)
-    step = direction * torch.sqrt(2 * max_kl / (direction @ image + 1e-8))  # ½ sᵀ H s = δ
-
-    # (8) is a loop over step sizes
-    with torch.no_grad():
-        old = surrogate_and_kl(dist)
-        vector, new, tries = line_search(vector, step, lambda x: surrogate_and_kl(dist_of(x)), old, max_kl)
-    return vector, {"losses/surrogate": new[0], "losses/kl": new[1], "losses/line_search_tries": tries}
-
-
 def evaluate(meta, tasks, collect, adapt, group, num_steps, inner_lr, lr_decay, seed, deterministic=False) -> dict:
     """(9) Meta-test on tasks (M, task size): the scores before and after each of num_steps adaptation steps.
 
@@ -721,6 +679,7 @@ def rollout(envs: TaskEnvs, act, tasks, horizon, rng, device) -> dict[str, torch
 MAY_BE_ZERO = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps"}
 MAY_BE_ZERO |= {"gae_lambda", "cg_damping", "ent_coef"}
 MAY_BE_ZERO |= {"bias_size", "expert_noise", "importance_clip"}
+MAY_BE_ZERO |= {"init_mu_std"}
 MAY_BE_ZERO |= {"posterior_steps", "extra_steps", "warmup_iterations", "kl_weight", "regularization"}
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "num_threads", "eval_every", "checkpoint_every"}
 MAY_CHANGE_TO_EVALUATE = {"num_test_tasks", "num_eval_steps", "eval_episodes", "deterministic_eval", "test_reward"}
@@ -985,6 +944,50 @@ def line_search(vector, step, loss_and_kl, old, max_kl: float, shrink: float = 0
         if new[0] < old[0] and new[1] <= max_kl:
             return candidate, new, j + 1
     return vector, old, tries
+
+
+def meta_update(vector, dist_of, batch, policy, max_kl, cg_iters, cg_damping, penalty=None):
+    """(6)-(8) One natural gradient step on the meta-parameters, vector (P,).
+
+    dist_of: (P,) -> (N, E, T, D), the adapted_distributions on batch; penalty: (P,) -> this rank's share of a further
+    term of the loss. Returns the new vector, which is the old one if no step was acceptable, and what to log.
+    """
+    steps = batch["mask"].sum((1, 2), keepdim=True)
+    weight = batch["mask"] / (steps * len(steps) * ranks()[1])  # mean over a task's steps, then over all tasks
+
+    def surrogate(dist):
+        difference = policy.distribution(dist).log_prob(batch["actions"]) - batch["logprobs"]
+        return -(weight * torch.exp(difference * batch["mask"]) * batch["advantages"]).sum()
+
+    def kl(dist):
+        return (weight * kl_divergence(policy.distribution(batch["dist"]), policy.distribution(dist))).sum()
+
+    def loss_and_kl(vector, dist):
+        loss = surrogate(dist) + (penalty(vector) if penalty else 0)
+        return all_reduce(torch.stack([loss, kl(dist)])).tolist()
+
+    # (6) ∇S = Jᵀ ∂S/∂dist
+    dist, pull = vjp(dist_of, vector)  # pull: c -> Jᵀ c
+    gradient = pull(grad(surrogate)(dist))[0]
+    gradient = all_reduce(gradient + grad(penalty)(vector) if penalty else gradient)
+    if not gradient.isfinite().all():
+        fail("the meta-gradient is not finite: try a smaller --inner-lr")
+
+    # (7) H v = Jᵀ F J v, all from the graph of (6): pull is linear, so that its own vjp is v -> J v
+    _, push = vjp(lambda c: pull(c)[0], torch.zeros_like(dist))
+    _, fisher = vjp(grad(kl), dist)  # F is the Hessian of the KL in dist, and symmetric
+
+    def fisher_product(v):
+        return all_reduce(pull(*fisher(*push(v)))[0]) + cg_damping * v
+
+    direction, image = conjugate_gradient(fisher_product, gradient, cg_iters)
+    step = direction * torch.sqrt(2 * max_kl / (direction @ image + 1e-8))  # ½ sᵀ H s = δ
+
+    # (8) is a loop over step sizes
+    with torch.no_grad():
+        old = loss_and_kl(vector, dist)
+        vector, new, tries = line_search(vector, step, lambda x: loss_and_kl(x, dist_of(x)), old, max_kl)
+    return vector, {"losses/surrogate": new[0], "losses/kl": new[1], "losses/line_search_tries": tries}
 
 
 # <<< shared: trpo

@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 torch.set_num_threads(1)
 event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)  # files of one second are sorted by it, as text
 
-SCRIPTS = ["maml_trpo", "rl2", "pearl", "gmps"]  # the tests about the house run on each of these
+SCRIPTS = ["maml_trpo", "rl2", "pearl", "gmps", "maesn"]  # the tests about the house run on each of these
 
 # PointRobot has random starts and never ends early; an iteration of each script takes 160 steps
 TINY = {"env_id": "PointRobot-v0", "meta_batch_size": 4, "episodes_per_task": 2, "horizon": 10, "num_test_tasks": 5}
@@ -38,6 +38,13 @@ OWN["pearl"] |= {"hidden_size": 8, "encoder_size": 8}
 # gmps: 80 steps of the SAC expert and 80 of demonstrations, then rounds of 80 and DAgger's 80
 OWN["gmps"] = {"hidden_size": 8, "num_train_tasks": 4, "expert_timesteps": 80, "expert_episodes": 2}
 OWN["gmps"] |= {"expert_gradient_steps": 2, "gradient_steps": 2, "checkpoint_every": 10}
+OWN["maesn"] = {
+    "hidden_size": 8,
+    "num_train_tasks": 6,
+    "num_inner_steps": 1,
+    "eval_episodes": 2,
+    "test_reward": "dense",
+}
 
 
 def to_argv(flags):

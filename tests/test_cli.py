@@ -63,7 +63,16 @@ BAD_GMPS += [
     ("learning_rate_decay", 0),
 ]
 BAD_GMPS += [("importance_clip", 0.5), ("expert_gamma", 1.5)]
-BAD_OWN = {"maml_trpo": BAD_MAML, "rl2": BAD_RL2, "pearl": BAD_PEARL, "gmps": BAD_GMPS}
+BAD_MAESN = [
+    ("latent_dim", 0),
+    ("init_mu_std", -1),
+    ("inner_lr", 0),
+    ("sigma_lr", 0),
+    ("policy_lr", 0),
+    ("eval_lr_decay", 0),
+]
+BAD_MAESN += [("kl_weight", -1), ("num_inner_steps", 0), ("max_kl", 0), ("hidden_size", 0), ("init_std", 0)]
+BAD_OWN = {"maml_trpo": BAD_MAML, "rl2": BAD_RL2, "pearl": BAD_PEARL, "gmps": BAD_GMPS, "maesn": BAD_MAESN}
 
 
 @pytest.mark.parametrize("flag, value", BAD)
