@@ -14,16 +14,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = {
-    "tasks": ["maml_trpo.py", "pearl.py", "rl2.py"],
-    "run": ["maml_trpo.py", "pearl.py", "rl2.py"],
-    "rollout": ["maml_trpo.py", "pearl.py"],
-    "advantages": ["maml_trpo.py", "rl2.py"],
-    "baseline": ["maml_trpo.py"],
+    "tasks": ["maml_trpo.py", "mmaml.py", "pearl.py", "rl2.py"],
+    "run": ["maml_trpo.py", "mmaml.py", "pearl.py", "rl2.py"],
+    "rollout": ["maml_trpo.py", "mmaml.py", "pearl.py"],
+    "advantages": ["maml_trpo.py", "mmaml.py", "rl2.py"],
+    "baseline": ["maml_trpo.py", "mmaml.py"],
     "trpo": ["maml_trpo.py"],
     "sac": ["pearl.py"],
 }
 EACH_ITS_OWN = {"Args", "Policy", "Agent", "collect", "evaluate", "main"}
-THIRD_PARTY = {"torch", "numpy", "gymnasium", "tyro", "tqdm", "mujoco", "tensorboard"}
+THIRD_PARTY = {"torch", "numpy", "gymnasium", "tyro", "tqdm", "mujoco", "tensorboard", "matplotlib"}
 MAX_LINES = 1180
 
 
