@@ -408,6 +408,8 @@ def main(args: Args) -> dict[str, float]:
     horizon = args.horizon or envs.horizon or fail(f"{args.env_id} has no time limit of its own: give --horizon")
     num_test_tasks = args.num_test_tasks or (200 if args.env_id in POINT_FAMILIES else 40)
     test_tasks = envs.sample_test_tasks(num_test_tasks, np.random.default_rng([args.task_seed, 1]))
+    if args.oracle_mode and not set(test_tasks[:, -1]) <= set(range(envs.num_modes)):
+        fail(f"{args.env_id}: the last number of a task must be its mode, 0 to {envs.num_modes - 1}")
     if args.num_train_tasks:
         train_tasks = envs.sample_tasks(args.num_train_tasks, np.random.default_rng([args.task_seed, 0]))
     if "sparse" in (args.train_reward, args.test_reward):

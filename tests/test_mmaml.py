@@ -1,6 +1,7 @@
 """mmaml.py: its mathematics against plain loops and finite differences, and task families that train in seconds."""
 
 import math
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -102,7 +103,8 @@ def plain_encoder(params, encoder, batch):
     for e in range(len(batch["mask"])):
         episode = valid_steps(of_task(batch, e))
         inputs = torch.cat([episode["obs"], episode["actions"], episode["rewards"][:, None]], 1)
-        embeddings.append(layers("of_episode", plain_gru(params, (inputs - encoder.mean) / encoder.variance.sqrt())))
+        unit = [x**0.5 if x > 1e-6 else 1.0 for x in encoder.variance.tolist()]
+        embeddings.append(layers("of_episode", plain_gru(params, (inputs - encoder.mean) / torch.tensor(unit))))
     return layers("of_task", sum(embeddings) / len(embeddings))
 
 
@@ -496,3 +498,242 @@ def test_modulation_of_tasks(kind, film):
     assert torch.equal(before, tau) == (kind != "mmaml") and (before == 0).all() == (kind != "oracle")
     assert (tau[:, :, 0] == 0).all() == (kind == "promp") and (tau[:, :, 1] == 0).all() == (kind == "promp" or not film)
     assert (embedding is None) == (kind == "promp")
+
+
+# -------------------------------------------------------------------------------------- from collection to the update
+
+
+def run_to_the_first_update(monkeypatch, tmp_path, **changes):
+    """main up to its first update; returns what that is given, as a problem, and the run's settings."""
+    monkeypatch.chdir(tmp_path)
+    settings = {"meta_batch_size": 3, "episodes_per_task": 3, "horizon": 4, "num_test_tasks": 5, "num_threads": 1}
+    settings |= {"hidden_size": 3, "encoder_size": 3, "clip_coef": 0.2, "kl_weight": 0.5, "inner_lr": 0.5}
+    args = module.Args(**settings | changes)
+
+    def stop(agent, optimizer, batches, tasks, epochs, loss):
+        p = SimpleNamespace(agent=agent, batches=batches, tasks=tasks, n=len(tasks), loss=loss, lr=0.5, clip=0.2)
+        raise KeyboardInterrupt(p)
+
+    monkeypatch.setattr(module, "promp_update", stop)
+    with pytest.raises(KeyboardInterrupt) as end:
+        module.main(args)
+    p = end.value.args[0]
+    p.known, p.kl_weight = p.agent.encoder is None, 0.5
+    return p
+
+
+KINDS = [{}, {"num_inner_steps": 3}, {"modulation": "scale"}, {"no_modulation": True}, {"oracle_mode": True}]
+
+
+@pytest.mark.parametrize("changes", KINDS, ids=str)
+@pytest.mark.parametrize("env_id", ["MultimodalNavigation2-v0", "ProbeModes-v0"])
+def test_every_phase_is_collected_as_the_loops_say(monkeypatch, tmp_path, env_id, changes):
+    """The first by θ and, unless a mode is known, no τ; phase k by θ after k steps of its task, and one τ.
+
+    So all ratios are 1 in the first epoch: no loss but -mean A = 0, no KL, nothing clipped.
+    """
+    p = run_to_the_first_update(monkeypatch, tmp_path, env_id=env_id, **changes)
+    params = dict(p.agent.named_parameters())
+    assert len(p.batches) == 1 + changes.get("num_inner_steps", 2)
+    for i in range(p.n):
+        tau, thetas, dists, *_ = plain_task(p, params, i)
+        for k, batch in enumerate(p.batches):
+            own = valid_steps(of_task(batch, i))
+            torch.testing.assert_close(own["dist"], dists[k])
+            torch.testing.assert_close(own["logprobs"], log_density(dists[k], own["actions"]))
+        assert (tau[0] == 0).all() == ("no_modulation" in changes)
+        assert (tau[1] == 0).all() == ("no_modulation" in changes or "modulation" in changes)
+        assert not torch.allclose(thetas[0]["mean.weight"], thetas[1]["mean.weight"])
+    values = terms(p)
+    assert values.tolist() == pytest.approx([0, 0, 0, 0], abs=1e-9)
+    p.batches[-1]["advantages"] = p.batches[-1]["advantages"] + torch.tensor([1.0, 2.0, 6.0])[:, None, None]
+    assert terms(p)[1].item() == pytest.approx(-3)  # every task counts the same, whatever its number of steps
+    if p.agent.encoder:  # which has been told the units of this iteration's inputs before it was asked
+        rows = torch.cat([p.batches[0]["obs"], p.batches[0]["actions"], p.batches[0]["rewards"][..., None]], -1)
+        torch.testing.assert_close(p.agent.encoder.mean, rows[p.batches[0]["mask"] == 1].mean(0))
+
+
+def test_collect():
+    """The actions are those of the task's own policy and modulation, with the rng's noise."""
+    envs = module.make_envs("ProbeModes-v0", 12)
+    policy, n = module.Policy(2, 1, 4, 0.5), 3
+    params = {name: p.detach() + 0.5 * torch.randn(n, *p.shape) for name, p in policy.named_parameters()}
+    tau, tasks = torch.randn(n, 2, 2, 4), envs.sample_tasks(n, np.random.default_rng(0))
+    settings = {"envs": envs, "policy": policy, "horizon": 3, "gamma": 0.9, "gae_lambda": 0.8, "reward": "dense"}
+    noise = np.random.default_rng(5).normal(size=(12, 3, 1))
+    noise = torch.as_tensor(noise).unflatten(0, (3, 4))
+    for deterministic in (False, True):
+        rng = np.random.default_rng(5)
+        batch = module.collect(params, tau, tasks, rng, deterministic=deterministic, **settings)
+        for i in range(n):
+            x = of_task(batch, i)
+            dist = plain_policy(of_task(params, i), tau[i, :, 0], tau[i, :, 1], x["obs"], 0.5)
+            mean, log_std = dist.chunk(2, -1)
+            actions = (mean + log_std.exp() * noise[i] * (not deterministic)) * x["mask"][..., None]
+            torch.testing.assert_close(x["actions"], actions)
+            torch.testing.assert_close(x["dist"], dist)
+            torch.testing.assert_close(x["logprobs"], log_density(dist, x["actions"]))
+        assert 0 < batch["mask"].mean() < 1
+        torch.testing.assert_close(batch["advantages"], module.standardised_advantages(batch, 0.9, 0.8))
+
+
+# ------------------------------------------------------------------------------------------------------------ meta-test
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("kind", ["mmaml", "promp", "oracle"])
+def test_meta_test(kind, deterministic):
+    """Phase by phase as in training, with the embedding of the first episodes throughout, group by group of tasks."""
+    agent, calls = make_agent(kind), []
+    agent.policy = module.Policy(2, 2, 3, 0.3)
+    tasks = np.column_stack([np.arange(7.0), np.arange(7) % 2])
+
+    def collect(params, tau, tasks, rng, deterministic=False):
+        batch = make_batch(len(tasks))
+        batch |= {"dist": torch.randn(len(tasks), 3, 4, 4), "logprobs": torch.zeros(len(tasks), 3, 4)}
+        calls.append(
+            SimpleNamespace(params=params, tau=tau, tasks=tasks, batch=batch, rng=rng.random(), d=deterministic)
+        )
+        return batch
+
+    adapt = partial(module.adapt, lr=0.5, policy=agent.policy)
+    scores = module.evaluate(agent, tasks, collect, adapt, 4, 2, seed=3, deterministic=deterministic)
+    sampled, scored = ([c for c in calls if c.d == d] for d in (False, deterministic))
+    assert len(calls) == 6 * (1 + deterministic)
+    embeddings, returns = [], np.zeros((3, 8))
+    for group in range(2):
+        first, *later = sampled[3 * group : 3 * group + 3]
+        assert first.tasks.tolist() == tasks[np.arange(4 * group, 4 * group + 4) % 7].tolist()
+        tau, embedding = agent.modulation(first.tasks, first.batch)
+        assert torch.equal(first.tau, torch.zeros_like(tau) if kind == "mmaml" else tau)
+        params, _ = vmap(adapt)(first.params, first.tau, first.batch)
+        for call in later:
+            assert torch.equal(call.tau, tau)
+            for name, x in params.items():
+                torch.testing.assert_close(call.params[name], x)
+            params, _ = vmap(adapt)(params, tau, call.batch)
+        for name, x in agent.policy.named_parameters():
+            assert torch.equal(first.params[name], x.expand(4, *x.shape))
+        embeddings.append(embedding)
+        for k in range(3):
+            c = scored[3 * group + k]
+            returns[k, 4 * group : 4 * group + 4] = c.batch["rewards"].sum(-1).mean(1)
+            assert sampled[3 * group + k].rng == module.keyed_rng(3, "eval", 4 * group, k).random()
+    np.testing.assert_allclose(scores["return"], returns[:, :7])
+    assert ("embedding" in scores) == (kind == "mmaml")
+    if kind == "mmaml":
+        np.testing.assert_allclose(scores["embedding"], torch.cat(embeddings)[:7].detach().T)
+
+
+def test_report_of_modes(capsys):
+    """Returns of each mode, and the share of tasks whose nearest neighbour is of their mode, itself left out."""
+    modes = np.array([0.0, 0, 1, 1, 1])
+    embedding = np.array([[0, 0.1, 0.3, 5, 5.2], [0, 0, 0, 1, 1]])  # the third is nearest to the second
+    scores = {"return": np.array([[1.0, 2, 3, 4, 5], [2, 4, 6, 8, 10]]), "embedding": embedding}
+    metrics = module.mode_report(scores, modes, 2, 10, show=True)
+    assert metrics["eval/mode_accuracy"] == pytest.approx(0.8)
+    assert metrics["eval/return_after_10_episodes"] == pytest.approx(6)
+    assert metrics["eval/return_mode_0_after_10_episodes"] == pytest.approx(3)
+    assert metrics["eval/return_mode_1_after_0_episodes"] == pytest.approx(4)
+    output = capsys.readouterr().out
+    assert "return_mode_1 on 3 held-out tasks" in output and "mode_accuracy: 0.800 ± 0.351" in output
+    assert "embedding" in scores  # still there for the figure
+    assert "eval/mode_accuracy" not in module.mode_report({"return": scores["return"]}, modes, 2, 10)
+    without = module.mode_report(scores, modes, 0, 10)
+    assert without.keys() == {"eval/return_after_0_episodes", "eval/return_after_10_episodes"}
+    few = module.mode_report(scores, modes, 3, 10)  # a mode that no task has
+    assert not [tag for tag in few if "mode_2" in tag] and capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """main with the settings of the probes, in a folder of its own and in single precision; returns its metrics."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_default_dtype(torch.float32)
+    settings = {"env_id": "ProbeModes-v0", "meta_batch_size": 12, "episodes_per_task": 10, "hidden_size": 16}
+    settings |= {
+        "encoder_size": 16,
+        "num_test_tasks": 30,
+        "num_inner_steps": 1,
+        "num_eval_steps": 1,
+        "action_scale": 1.0,
+    }
+    settings |= {"total_timesteps": 12_000, "num_threads": 1, "eval_every": 1000, "learning_rate": 0.01}
+    return lambda **changes: module.main(module.Args(**(settings | changes)))
+
+
+def test_the_figure(train, tmp_path, monkeypatch, capsys):
+    """--evaluate draws the embeddings, their principal components as the library's, and says so if it cannot."""
+    train(total_timesteps=1)
+    (folder,) = (tmp_path / "runs").iterdir()
+    drawn = []
+    axes = pytest.importorskip("matplotlib.axes").Axes
+    scatter = axes.scatter
+    monkeypatch.setattr(axes, "scatter", lambda self, *xy, **how: drawn.append((xy, how)) or scatter(self, *xy, **how))
+    module.main(module.parse(module.Args, ["--evaluate", str(folder)]))
+    assert (folder / "embedding.png").stat().st_size > 5000 and "embedding.png" in capsys.readouterr().out
+    embedding = np.random.default_rng(0).normal(size=(3, 40)) * np.array([[1], [5], [2]])
+    module.embedding_figure(folder / "other.png", embedding, np.arange(40))
+    (x, y), how = drawn[-1]
+    covariance = np.cov(embedding)
+    assert [np.var(x, ddof=1), np.var(y, ddof=1)] == pytest.approx(np.linalg.eigvalsh(covariance)[:0:-1])
+    assert np.cov(x, y)[0, 1] == pytest.approx(0, abs=1e-9) and list(how["c"]) == list(range(40))
+
+    (folder / "embedding.png").unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    module.main(module.parse(module.Args, ["--evaluate", str(folder)]))
+    assert "no embedding.png: that needs matplotlib" in capsys.readouterr().out
+    assert not (folder / "embedding.png").exists()
+    module.main(module.parse(module.Args, ["--evaluate", str(folder), "--num-eval-steps", "0"]))  # still embeds
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ({"no_modulation": True, "oracle_mode": True}, "--no-modulation and --oracle-mode exclude each other"),
+        ({"oracle_mode": True, "env_id": "PointRobot-v0"}, "--oracle-mode: PointRobot-v0 is no family with modes"),
+        ({"env_id": "user_tasks:Discrete-v0"}, "user_tasks:Discrete-v0 has Discrete actions; mmaml.py needs Box"),
+    ],
+)
+def test_what_cannot_be(train, tmp_path, flags, line):
+    with pytest.raises(SystemExit, match=f"^error: {line}"):
+        train(**flags)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_modes_out_of_range(train, monkeypatch, tmp_path):
+    monkeypatch.setattr(Modes, "num_modes", 1)
+    with pytest.raises(SystemExit, match=r"^error: ProbeModes-v0: the last number of a task must be its mode, 0 to 0"):
+        train(oracle_mode=True)
+    assert not (tmp_path / "runs").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- probes
+
+WITHOUT_STEPS = {"inner_lr": 1e-9}
+
+
+@pytest.mark.parametrize(
+    ("settings", "before"),
+    [
+        ({}, 0),
+        ({"modulation": "scale"}, 0),
+        ({"no_modulation": True}, 0),
+        (WITHOUT_STEPS, 0),
+        (WITHOUT_STEPS | {"oracle_mode": True}, 1),
+    ],
+    ids=str,
+)
+def test_probe_is_learned(train, settings, before):
+    """Of 1 at most: by gradient steps, by modulation alone, and from the first episode if the mode is known."""
+    scores = train(**{"inner_lr": 0.3} | settings)
+    assert 0.8 < scores["eval/return_after_10_episodes"] <= 1
+    assert scores["eval/return_after_0_episodes"] == pytest.approx(before, abs=0.2)
+    if settings == WITHOUT_STEPS:
+        assert scores["eval/mode_accuracy"] > 0.9
+
+
+def test_probe_is_not_learned_without_adaptation(train):
+    """Neither steps nor modulation: no policy that does the same in all tasks does better than 0."""
+    scores = train(no_modulation=True, **WITHOUT_STEPS)
+    assert scores["eval/return_after_10_episodes"] == pytest.approx(0, abs=0.15)
