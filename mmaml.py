@@ -65,7 +65,7 @@ class Args:
     """seed of the initial parameters, episodes and action noise"""
     task_seed: int = 0
     """seed of the task draws: training and held-out tasks depend on nothing else"""
-    total_timesteps: int = 20_000_000
+    total_timesteps: int = 18_000_000
     """environment steps of training, adaptation episodes included, meta-test excluded"""
     meta_batch_size: int = 20
     """N, tasks per iteration"""
@@ -116,17 +116,19 @@ class Args:
     """units of the recurrent layer and the other layers of the modulation network, and of the embedding"""
     action_scale: float = 0.3
     """action, of [-1, 1], that the policy's output of 1 stands for"""
-    init_std: float = 1.0
+    init_std: float = 0.6
     """standard deviation of the policy's outputs before training, in units of action_scale"""
     num_inner_steps: int = 2
     """K, adaptation steps in training"""
-    inner_lr: float = 0.1
+    inner_lr: float = 0.01
     """α, step size of the adaptation"""
-    gae_lambda: float = 1.0
+    gae_lambda: float = 0.95
     """λ of generalised advantage estimation"""
     learning_rate: float = 1e-3
-    """step size of Adam"""
-    update_epochs: int = 5
+    """step size of Adam on θ"""
+    modulation_learning_rate: float = 3e-4
+    """step size of Adam on the modulation network: a small change of it is a large one of the policies"""
+    update_epochs: int = 3
     """steps of Adam per iteration"""
     clip_coef: float = 0.1
     """ε, the surrogate's gradient stops where the probability ratio leaves 1 ± ε to its advantage"""
@@ -147,8 +149,8 @@ class Policy(nn.Module):
         super().__init__()
         self.hidden = nn.ModuleList([nn.Linear(obs_size, hidden_size), nn.Linear(hidden_size, hidden_size)])
         self.mean = nn.Linear(hidden_size, action_size)
-        for layer in (*self.hidden, self.mean):
-            nn.init.xavier_uniform_(layer.weight)
+        for layer, gain in zip((*self.hidden, self.mean), (1, 1, 0.01), strict=True):  # at first, actions are noise
+            nn.init.xavier_uniform_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
         self.log_std = nn.Parameter(torch.full((action_size,), math.log(init_std)))
         self.action_scale = action_scale
@@ -180,6 +182,12 @@ class Encoder(nn.Module):
         self.gru = nn.GRU(input_size, size, batch_first=True)
         self.of_episode = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size))
         self.of_task = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size))
+        for name, p in self.named_parameters():  # so that what differs between tasks is not lost among biases
+            if p.ndim == 1:
+                nn.init.zeros_(p)
+            else:
+                nn.init.orthogonal_(p) if name == "gru.weight_hh_l0" else nn.init.xavier_uniform_(p, 2**0.5)
+        self.gru.bias_hh_l0.detach()[size : 2 * size] = torch.linspace(0, 5, size)  # update gates: keep for 2-150 steps
         self.register_buffer("count", torch.zeros(()))  # of the steps that mean and variance of the inputs are over
         self.register_buffer("mean", torch.zeros(input_size))
         self.register_buffer("variance", torch.ones(input_size))
@@ -205,7 +213,8 @@ class Encoder(nn.Module):
         states, _ = self.gru(inputs.clamp(-10, 10).flatten(0, 1))  # (N E, T, Z)
         last = mask - nn.functional.pad(mask[:, 1:], (0, 1))  # 1 at an episode's last step: what follows has no say
         final = (states * last.unsqueeze(-1)).sum(1).unflatten(0, batch["mask"].shape[:2])
-        return self.of_task(self.of_episode(final).mean(1))
+        embedding = self.of_task(self.of_episode(final).mean(1))
+        return nn.functional.layer_norm(embedding, embedding.shape[1:])
 
 
 class Agent(nn.Module):
@@ -230,10 +239,11 @@ class Agent(nn.Module):
             embedding = self.encoder(batch)
         elif self.num_modes:
             modes = torch.as_tensor(tasks[:, -1], device=like.device).long()
-            embedding = nn.functional.one_hot(modes, self.num_modes).to(like.dtype)
+            embedding = nn.functional.one_hot(modes, self.num_modes) * self.num_modes**0.5
         else:
             return like.new_zeros(len(tasks), 2, 2, self.hidden_size), None
-        tau = self.head(embedding).view(-1, 2, self.parts, self.hidden_size)
+        embedding = embedding.to(like.dtype)
+        tau = self.head(embedding / embedding.shape[1] ** 0.5).view(-1, 2, self.parts, self.hidden_size)
         return nn.functional.pad(tau, (0, 0, 0, 2 - self.parts)), embedding  # β = 0 if there is only γ
 
 
@@ -423,7 +433,10 @@ def main(args: Args) -> dict[str, float]:
     num_modes = envs.num_modes if args.oracle_mode else 0
     agent = Agent(policy, encoder, args.encoder_size if encoder else num_modes, num_modes, args.modulation == "film")
     agent.to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
+    network = [*encoder.parameters(), *agent.head.parameters()] if encoder else []
+    groups = [{"params": [*(policy if encoder else agent).parameters()]}]
+    groups += [{"params": network, "lr": args.modulation_learning_rate}] * (encoder is not None)
+    optimizer = torch.optim.Adam(groups, lr=args.learning_rate)
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])

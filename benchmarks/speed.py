@@ -31,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 SCRIPTS = [  # script, flags, environment steps of an iteration at most
     ("maml_trpo.py", "", 80_000),
     ("maml_trpo.py", "--env-id HalfCheetahVel-v0", 160_000),
+    ("mmaml.py", "", 60_000),
     ("rl2.py", "", 10_000),
     ("rl2.py", "--env-id TabularMDP-v0", 50_000),
     ("rl2.py", "--env-id HalfCheetahVel-v0", 40_000),
