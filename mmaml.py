@@ -179,6 +179,7 @@ class Encoder(nn.Module):
 
     def __init__(self, input_size: int, size: int):
         super().__init__()
+        self.size = size
         self.gru = nn.GRU(input_size, size, batch_first=True)
         self.of_episode = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size))
         self.of_task = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size))
@@ -218,17 +219,18 @@ class Encoder(nn.Module):
 
 
 class Agent(nn.Module):
-    """The policy θ and what finds its modulation: an encoder with a linear head. Without either, it is ProMP.
+    """The policy θ and what finds its modulation, an encoder with a linear head.
 
-    With num_modes and no encoder (--oracle-mode) the embedding is the mode as one-hot: a modulation of each mode.
+    With num_modes in place of an encoder (--oracle-mode), the embedding is the mode as one-hot: a modulation per mode.
+    With neither (--no-modulation), τ is always 0.
     """
 
-    def __init__(self, policy: Policy, encoder: Encoder | None, embedding_size: int, num_modes: int, film: bool):
+    def __init__(self, policy: Policy, encoder: Encoder | None, num_modes: int, film: bool):
         super().__init__()
         self.policy, self.encoder, self.num_modes = policy, encoder, num_modes
         self.hidden_size, self.parts = policy.mean.in_features, 1 + film
-        if embedding_size:
-            self.head = nn.Linear(embedding_size, 2 * self.parts * self.hidden_size)
+        if encoder or num_modes:
+            self.head = nn.Linear(encoder.size if encoder else num_modes, 2 * self.parts * self.hidden_size)
             nn.init.xavier_uniform_(self.head.weight)
             nn.init.zeros_(self.head.bias)
 
@@ -324,10 +326,9 @@ def promp_update(agent, optimizer, batches, tasks, epochs, loss) -> dict[str, fl
         terms = torch.stack([term.mean() / ranks()[1] for term in losses(theta, tau, batches)])
         optimizer.zero_grad()
         terms[0].backward()
-        for p in agent.parameters():
-            all_reduce(p.grad)
-            if not p.grad.isfinite().all():
-                fail("the meta-gradient is not finite: try a smaller --inner-lr")
+        grads = [all_reduce(p.grad) for p in agent.parameters()]
+        if not nn.utils.get_total_norm(grads).isfinite():
+            fail("the meta-gradient is not finite: try a smaller --inner-lr")
         optimizer.step()
         total += terms.detach()
     names = ("losses/loss", "losses/pg_loss", "losses/inner_kl", "losses/clipfrac")
@@ -428,14 +429,14 @@ def main(args: Args) -> dict[str, float]:
     # the policy, and what modulates it
     obs_size, action_size = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     policy = Policy(obs_size, action_size, args.hidden_size, args.action_scale, args.init_std)
-    plain = args.no_modulation or args.oracle_mode
-    encoder = None if plain else Encoder(obs_size + action_size + 1, args.encoder_size)
-    num_modes = envs.num_modes if args.oracle_mode else 0
-    agent = Agent(policy, encoder, args.encoder_size if encoder else num_modes, num_modes, args.modulation == "film")
-    agent.to(device)
-    network = [*encoder.parameters(), *agent.head.parameters()] if encoder else []
+    encoder, num_modes = None, envs.num_modes if args.oracle_mode else 0
+    if not (args.no_modulation or args.oracle_mode):
+        encoder = Encoder(obs_size + action_size + 1, args.encoder_size)
+    agent = Agent(policy, encoder, num_modes, args.modulation == "film").to(device)
     groups = [{"params": [*(policy if encoder else agent).parameters()]}]
-    groups += [{"params": network, "lr": args.modulation_learning_rate}] * (encoder is not None)
+    if encoder:
+        network = [*encoder.parameters(), *agent.head.parameters()]
+        groups.append({"params": network, "lr": args.modulation_learning_rate})
     optimizer = torch.optim.Adam(groups, lr=args.learning_rate)
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])

@@ -194,8 +194,7 @@ def make_agent(kind="mmaml", film=True, hidden_size=3, encoder_size=5):
     """A small agent with nothing at 0, its inputs' units included."""
     policy = module.Policy(2, 2, hidden_size, 0.3)
     encoder = module.Encoder(5, encoder_size) if kind == "mmaml" else None
-    num_modes = 2 if kind == "oracle" else 0
-    agent = module.Agent(policy, encoder, encoder_size if encoder else num_modes, num_modes, film)
+    agent = module.Agent(policy, encoder, 2 if kind == "oracle" else 0, film)
     for p in agent.parameters():
         p.data += 0.4 * torch.randn_like(p)
     if encoder:
@@ -323,7 +322,7 @@ def test_without_modulation_it_is_promp():
     p = make_problem("mmaml", move=0)
     for x in p.agent.head.parameters():
         x.data.zero_()
-    promp = SimpleNamespace(**vars(p) | {"agent": module.Agent(p.agent.policy, None, 0, 0, True), "known": True})
+    promp = SimpleNamespace(**vars(p) | {"agent": module.Agent(p.agent.policy, None, 0, True), "known": True})
     results = []
     for q in (p, promp):
         q.agent.zero_grad()
