@@ -65,7 +65,7 @@ class Args:
     """seed of the initial parameters, episodes and action noise"""
     task_seed: int = 0
     """seed of the task draws: training and held-out tasks depend on nothing else"""
-    total_timesteps: int = 18_000_000
+    total_timesteps: int = 20_000_000
     """environment steps of training, adaptation episodes included, meta-test excluded"""
     meta_batch_size: int = 20
     """N, tasks per iteration"""
@@ -125,9 +125,11 @@ class Args:
     gae_lambda: float = 0.95
     """λ of generalised advantage estimation"""
     learning_rate: float = 1e-3
-    """step size of Adam on θ"""
-    modulation_learning_rate: float = 3e-4
-    """step size of Adam on the modulation network: a small change of it is a large one of the policies"""
+    """step size of Adam on θ, at most"""
+    modulation_learning_rate: float = 5e-4
+    """step size of Adam on the modulation network, at most"""
+    target_clipfrac: float = 0.1
+    """share of clipped steps, mean over the epochs: above it the step sizes of Adam shrink, below it they grow"""
     update_epochs: int = 3
     """steps of Adam per iteration"""
     clip_coef: float = 0.1
@@ -311,10 +313,11 @@ def promp_loss(theta, tau, batches, modulate_first, lr, clip_coef, kl_weight, po
     return surrogate + kl_weight * kl, surrogate, kl, clipfrac
 
 
-def promp_update(agent, optimizer, batches, tasks, epochs, loss) -> dict[str, float]:
+def promp_update(agent, optimizer, batches, tasks, epochs, target_clipfrac, loss) -> dict[str, float]:
     """(6) Steps of Adam on the mean over all tasks of the loss, promp_loss with its settings; returns what to log.
 
     Every step embeds and adapts anew, on the same episodes: gradients pass through (3) and (4) to θ and the encoder.
+    In the end, the optimizer's step sizes move by a factor of e^(target_clipfrac - clipped share), up to their max_lr.
     """
     theta, modulate_first = dict(agent.policy.named_parameters()), agent.encoder is None
     steps_per_task = batches[0]["mask"][0].numel()
@@ -331,8 +334,11 @@ def promp_update(agent, optimizer, batches, tasks, epochs, loss) -> dict[str, fl
             fail("the meta-gradient is not finite: try a smaller --inner-lr")
         optimizer.step()
         total += terms.detach()
-    names = ("losses/loss", "losses/pg_loss", "losses/inner_kl", "losses/clipfrac")
-    return dict(zip(names, (all_reduce(total) / epochs).tolist(), strict=True))
+    *means, clipfrac = (all_reduce(total) / epochs).tolist()
+    for group in optimizer.param_groups:
+        group["lr"] = min(group["max_lr"], group["lr"] * math.exp(target_clipfrac - clipfrac))
+    names = ("losses/loss", "losses/pg_loss", "losses/inner_kl", "losses/clipfrac", "losses/learning_rate")
+    return dict(zip(names, (*means, clipfrac, optimizer.param_groups[0]["lr"]), strict=True))
 
 
 @torch.no_grad()
@@ -433,11 +439,10 @@ def main(args: Args) -> dict[str, float]:
     if not (args.no_modulation or args.oracle_mode):
         encoder = Encoder(obs_size + action_size + 1, args.encoder_size)
     agent = Agent(policy, encoder, num_modes, args.modulation == "film").to(device)
-    groups = [{"params": [*(policy if encoder else agent).parameters()]}]
+    groups = [([*(policy if encoder else agent).parameters()], args.learning_rate)]
     if encoder:
-        network = [*encoder.parameters(), *agent.head.parameters()]
-        groups.append({"params": network, "lr": args.modulation_learning_rate})
-    optimizer = torch.optim.Adam(groups, lr=args.learning_rate)
+        groups.append(([*encoder.parameters(), *agent.head.parameters()], args.modulation_learning_rate))
+    optimizer = torch.optim.Adam([{"params": p, "lr": lr, "max_lr": lr} for p, lr in groups])
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -488,7 +493,7 @@ def main(args: Args) -> dict[str, float]:
             collected = time.perf_counter()
 
             # (6) meta-update
-            losses = promp_update(agent, optimizer, batches, tasks, args.update_epochs, loss)
+            losses = promp_update(agent, optimizer, batches, tasks, args.update_epochs, args.target_clipfrac, loss)
             updated = time.perf_counter()
 
             # log, (7) meta-test, save

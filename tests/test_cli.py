@@ -53,7 +53,7 @@ BAD_PEARL += [("hidden_size", 0), ("encoder_size", 0), ("latent_size", 0), ("exp
 BAD_PEARL += [("warmup_iterations", -1), ("warmup_gradient_steps", 0)]
 BAD_MMAML = [(name, 0) for name in ("hidden_size", "encoder_size", "num_inner_steps", "update_epochs", "action_scale")]
 BAD_MMAML += [(name, 0) for name in ("inner_lr", "learning_rate", "modulation_learning_rate", "init_std", "clip_coef")]
-BAD_MMAML += [("kl_weight", -1), ("gae_lambda", 2)]
+BAD_MMAML += [("target_clipfrac", 0), ("kl_weight", -1), ("gae_lambda", 2)]
 BAD_OWN = {"maml_trpo": BAD_MAML, "rl2": BAD_RL2, "pearl": BAD_PEARL, "mmaml": BAD_MMAML}
 
 

@@ -231,6 +231,10 @@ def terms(p):
     return torch.stack([x.mean() for x in losses(dict(p.agent.policy.named_parameters()), tau, p.batches)])
 
 
+def adam(p):
+    return torch.optim.Adam([{"params": p.agent.parameters(), "lr": 0.02, "max_lr": 0.03}])
+
+
 VARIANTS = [{"kind": kind, "num_steps": k} for kind in ("mmaml", "promp", "oracle") for k in (1, 2)]
 VARIANTS += [{"film": False}, {"num_steps": 3}, {"kind": "oracle", "film": False}]
 
@@ -297,8 +301,8 @@ def test_promp_update_is_adam_on_the_meta_loss(kind):
     p, twin = make_problem(kind), make_problem(kind)
     twin.agent.load_state_dict(p.agent.state_dict())
     twin.batches = p.batches
-    optimizers = [torch.optim.Adam(q.agent.parameters(), lr=0.02) for q in (p, twin)]
-    logged = module.promp_update(p.agent, optimizers[0], p.batches, p.tasks, 3, p.loss)
+    optimizers = [adam(q) for q in (p, twin)]
+    logged = module.promp_update(p.agent, optimizers[0], p.batches, p.tasks, 3, 0.3, p.loss)
     expected = []
     for _ in range(3):
         optimizers[1].zero_grad()
@@ -308,13 +312,22 @@ def test_promp_update_is_adam_on_the_meta_loss(kind):
         expected.append(values.detach())
     for (name, x), y in zip(p.agent.named_parameters(), twin.agent.parameters(), strict=True):
         torch.testing.assert_close(x, y, msg=name)
-    names = ("losses/loss", "losses/pg_loss", "losses/inner_kl", "losses/clipfrac")
-    assert list(logged) == list(names) and list(logged.values()) == pytest.approx((sum(expected) / 3).tolist())
+    names = ("losses/loss", "losses/pg_loss", "losses/inner_kl", "losses/clipfrac", "losses/learning_rate")
+    assert list(logged) == list(names) and list(logged.values())[:4] == pytest.approx((sum(expected) / 3).tolist())
     assert (expected[0] - expected[2]).abs()[:2].min() > 1e-6
+
+    # the step size after it, one that grows and one that shrinks
+    step_size = 0.02 * math.exp(0.3 - logged["losses/clipfrac"])
+    assert optimizers[0].param_groups[0]["lr"] == pytest.approx(step_size) == logged["losses/learning_rate"]
+    for target in (1, 0):
+        before = optimizers[0].param_groups[0]["lr"]
+        clipfrac = module.promp_update(p.agent, optimizers[0], p.batches, p.tasks, 1, target, p.loss)["losses/clipfrac"]
+        step_size = min(0.03, before * math.exp(target - clipfrac))
+        assert optimizers[0].param_groups[0]["lr"] == pytest.approx(step_size) != before
 
     p.batches[-1]["advantages"] = p.batches[-1]["advantages"] * math.nan
     with pytest.raises(SystemExit, match=r"^error: the meta-gradient is not finite"):
-        module.promp_update(p.agent, optimizers[0], p.batches, p.tasks, 1, p.loss)
+        module.promp_update(p.agent, optimizers[0], p.batches, p.tasks, 1, 0.1, p.loss)
 
 
 def test_without_modulation_it_is_promp():
@@ -423,9 +436,8 @@ def test_tasks_in_chunks(monkeypatch):
         return original(f, **settings)
 
     monkeypatch.setattr(module, "vmap", spy)
-    optimizer = torch.optim.Adam(p.agent.parameters(), lr=0.01)
-    logged = module.promp_update(p.agent, optimizer, p.batches, p.tasks, 1, p.loss)
-    assert sizes == [2] and list(logged.values()) == pytest.approx(expected)
+    logged = module.promp_update(p.agent, adam(p), p.batches, p.tasks, 1, 0.1, p.loss)
+    assert sizes == [2] and list(logged.values())[:4] == pytest.approx(expected)
 
 
 # -------------------------------------------------------------------------------------------------------------- encoder
@@ -459,11 +471,12 @@ def test_embedding_reads_every_step_in_order_and_episodes_in_none():
 
 
 def test_extreme_inputs_are_clipped():
-    agent, batch = make_agent(), make_batch()
-    batch["rewards"][0, 0, 0] = 1e5
-    clipped = agent.encoder(batch)
-    batch["rewards"][0, 0, 0] = 1e7
-    assert torch.equal(agent.encoder(batch), clipped)
+    """To ten standard deviations."""
+    agent, batch, embeddings = make_agent(), make_batch(), []
+    for x in (9, 11, 13):
+        batch["rewards"][0, 0, 0] = agent.encoder.mean[4] + x * agent.encoder.variance[4].sqrt()
+        embeddings.append(agent.encoder(batch))
+    assert torch.equal(embeddings[1], embeddings[2]) and not torch.equal(embeddings[0], embeddings[1])
     agent.encoder.variance[2] = 0  # a number that never varies is left as it is
     assert agent.encoder(batch).isfinite().all()
 
@@ -512,8 +525,9 @@ def run_to_the_first_update(monkeypatch, tmp_path, **changes):
     settings |= {"hidden_size": 3, "encoder_size": 3, "clip_coef": 0.2, "kl_weight": 0.5, "inner_lr": 0.5}
     args = module.Args(**settings | changes)
 
-    def stop(agent, optimizer, batches, tasks, epochs, loss):
+    def stop(agent, optimizer, batches, tasks, epochs, target_clipfrac, loss):
         p = SimpleNamespace(agent=agent, batches=batches, tasks=tasks, n=len(tasks), loss=loss, lr=0.5, clip=0.2)
+        p.groups = optimizer.param_groups
         raise KeyboardInterrupt(p)
 
     monkeypatch.setattr(module, "promp_update", stop)
@@ -550,6 +564,11 @@ def test_every_phase_is_collected_as_the_loops_say(monkeypatch, tmp_path, env_id
     assert values.tolist() == pytest.approx([0, 0, 0, 0], abs=1e-9)
     p.batches[-1]["advantages"] = p.batches[-1]["advantages"] + torch.tensor([1.0, 2.0, 6.0])[:, None, None]
     assert terms(p)[1].item() == pytest.approx(-3)  # every task counts the same, whatever its number of steps
+    by_size = {group["max_lr"]: len(group["params"]) for group in p.groups}
+    if p.agent.encoder:
+        assert by_size == {1e-3: 7, 5e-4: len(list(p.agent.parameters())) - 7}  # θ, and what modulates it
+    else:
+        assert by_size == {1e-3: 7 + 2 * ("oracle_mode" in changes)}
     if p.agent.encoder:  # which has been told the units of this iteration's inputs before it was asked
         rows = torch.cat([p.batches[0]["obs"], p.batches[0]["actions"], p.batches[0]["rewards"][..., None]], -1)
         torch.testing.assert_close(p.agent.encoder.mean, rows[p.batches[0]["mask"] == 1].mean(0))
