@@ -65,7 +65,7 @@ class Args:
     """seed of the initial parameters, episodes and action noise"""
     task_seed: int = 0
     """seed of the task draws: training and held-out tasks depend on nothing else"""
-    total_timesteps: int = 20_000_000
+    total_timesteps: int = 18_000_000
     """environment steps of training, adaptation episodes included, meta-test excluded"""
     meta_batch_size: int = 20
     """N, tasks per iteration"""
