@@ -22,7 +22,8 @@ Resume:    python mmaml.py --resume runs/NAME
 Evaluate:  python mmaml.py --evaluate runs/NAME
 
 ProMP is --no-modulation; --oracle-mode is told the mode of a task. Differs from the paper's code in: scale and shift
-(--modulation scale is its choice), episodes read in full, normalised inputs. The whole list: docs/mmaml.md.
+(--modulation scale is its choice), episodes read in full, normalised inputs and embeddings, step sizes of Adam that
+follow the clipped share. The whole list: docs/mmaml.md.
 """
 
 from __future__ import annotations
