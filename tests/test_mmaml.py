@@ -523,11 +523,13 @@ def run_to_the_first_update(monkeypatch, tmp_path, **changes):
     monkeypatch.chdir(tmp_path)
     settings = {"meta_batch_size": 3, "episodes_per_task": 3, "horizon": 4, "num_test_tasks": 5, "num_threads": 1}
     settings |= {"hidden_size": 3, "encoder_size": 3, "clip_coef": 0.2, "kl_weight": 0.5, "inner_lr": 0.5}
+    settings |= {"update_epochs": 7, "target_clipfrac": 0.4}
     args = module.Args(**settings | changes)
 
     def stop(agent, optimizer, batches, tasks, epochs, target_clipfrac, loss):
         p = SimpleNamespace(agent=agent, batches=batches, tasks=tasks, n=len(tasks), loss=loss, lr=0.5, clip=0.2)
         p.groups = optimizer.param_groups
+        assert (epochs, target_clipfrac) == (7, 0.4)
         raise KeyboardInterrupt(p)
 
     monkeypatch.setattr(module, "promp_update", stop)
