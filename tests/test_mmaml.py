@@ -529,7 +529,7 @@ def run_to_the_first_update(monkeypatch, tmp_path, **changes):
     def stop(agent, optimizer, batches, tasks, epochs, target_clipfrac, loss):
         p = SimpleNamespace(agent=agent, batches=batches, tasks=tasks, n=len(tasks), loss=loss, lr=0.5, clip=0.2)
         p.groups = optimizer.param_groups
-        assert (epochs, target_clipfrac) == (7, 0.4)
+        assert (epochs, target_clipfrac, loss.keywords["clip_coef"], loss.keywords["kl_weight"]) == (7, 0.4, 0.2, 0.5)
         raise KeyboardInterrupt(p)
 
     monkeypatch.setattr(module, "promp_update", stop)
@@ -598,6 +598,19 @@ def test_collect():
             torch.testing.assert_close(x["logprobs"], log_density(dist, x["actions"]))
         assert 0 < batch["mask"].mean() < 1
         torch.testing.assert_close(batch["advantages"], module.standardised_advantages(batch, 0.9, 0.8))
+
+
+def test_sparse_rewards_are_what_is_collected():
+    """Encoder, baseline and advantages read them."""
+    envs = module.make_envs("SparsePointRobot-v0", 4)
+    policy, tasks = module.Policy(2, 2, 4, 1.0), np.zeros((2, 2))
+    params = {name: p.detach().expand(2, *p.shape) for name, p in policy.named_parameters()}
+    tau = torch.zeros(2, 2, 2, 4)
+    settings = {"envs": envs, "policy": policy, "horizon": 9, "gamma": 0.9, "gae_lambda": 0.8}
+    batch = module.collect(params, tau, tasks, np.random.default_rng(0), reward="sparse", **settings)
+    dense = module.collect(params, tau, tasks, np.random.default_rng(0), reward="dense", **settings)
+    assert torch.equal(batch["rewards"], dense["sparse_reward"]) and (batch["rewards"] > 0).any()
+    assert (batch["rewards"] != dense["rewards"]).any() and not torch.allclose(batch["advantages"], dense["advantages"])
 
 
 # ------------------------------------------------------------------------------------------------------------ meta-test
@@ -700,14 +713,18 @@ def test_the_figure(train, tmp_path, monkeypatch, capsys):
     (x, y), how = drawn[-1]
     covariance = np.cov(embedding)
     assert [np.var(x, ddof=1), np.var(y, ddof=1)] == pytest.approx(np.linalg.eigvalsh(covariance)[:0:-1])
-    assert np.cov(x, y)[0, 1] == pytest.approx(0, abs=1e-9) and list(how["c"]) == list(range(40))
+    assert [np.mean(x), np.mean(y), np.cov(x, y)[0, 1]] == pytest.approx([0, 0, 0], abs=1e-9)
+    assert list(how["c"]) == list(range(40))
 
     (folder / "embedding.png").unlink()
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     module.main(module.parse(module.Args, ["--evaluate", str(folder)]))
     assert "no embedding.png: that needs matplotlib" in capsys.readouterr().out
     assert not (folder / "embedding.png").exists()
-    module.main(module.parse(module.Args, ["--evaluate", str(folder), "--num-eval-steps", "0"]))  # still embeds
+    argv = ["--evaluate", str(folder), "--eval-episodes", "3"]
+    assert {"eval/return_after_3_episodes", "eval/mode_accuracy"} <= module.main(module.parse(module.Args, argv)).keys()
+    scores = module.main(module.parse(module.Args, [*argv, "--num-eval-steps", "0"]))
+    assert "eval/mode_accuracy" in scores and "eval/return_after_3_episodes" not in scores  # it embeds all the same
 
 
 @pytest.mark.parametrize(
