@@ -457,7 +457,7 @@ def main(args: Args) -> dict[str, float]:
 # >>> shared: tasks
 
 POINT_FAMILIES = ["PointRobot-v0", "SparsePointRobot-v0", "Navigation2D-v0"]
-POINT_FAMILIES += [f"MultimodalNavigation{modes}-v0" for modes in (2, 4, 6)]
+POINT_FAMILIES += [f"MultimodalNavigation{modes}-v0" for modes in (1, 2, 4, 6)]
 
 
 class TaskEnvs(gym.vector.VectorEnv):
@@ -465,8 +465,10 @@ class TaskEnvs(gym.vector.VectorEnv):
 
     sample_tasks(n, rng) draws tasks (n, task size); reset(options={"task": tasks}) puts lane i on row i. Nothing resets
     by itself: a lane that has ended stays put and pays 0. horizon: steps per episode, 0 if the family sets none.
+    num_modes: 0, or in a family with modes their number; the last number of a task is then the index of its mode.
     """
 
+    num_modes = 0
     metadata: ClassVar = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
 
     def __init__(self, env_id, total_lanes, lanes, horizon, observation_space, action_space):
@@ -489,6 +491,7 @@ class PointEnvs(TaskEnvs):
 
     def __init__(self, env_id: str, num_envs: int, lanes: slice):
         self.momentum = env_id.startswith("Multimodal")
+        self.num_modes = int(env_id[-4]) if self.momentum else 0
         observation_space = gym.spaces.Box(-np.inf, np.inf, (4 if self.momentum else 2,), np.float64)
         action_space = gym.spaces.Box(-1, 1, (2,), np.float64)
         horizon = 20 if env_id.endswith("PointRobot-v0") else 100
@@ -502,10 +505,9 @@ class PointEnvs(TaskEnvs):
         if self.env_id == "SparsePointRobot-v0":
             angle = rng.uniform(0, np.pi, n)
             return np.stack([np.cos(angle), np.sin(angle)], axis=1)
-        modes = int(self.env_id[-4])
-        mode = (rng.integers(modes) + np.arange(n)) % modes  # dealt in turn
-        angle = 2 * np.pi * mode / modes + (0 if modes == 6 else np.pi / 4)
-        radius = 5 if modes == 6 else 5 * np.sqrt(2)  # a hexagon, or corners (±5, ±5)
+        mode = (rng.integers(self.num_modes) + np.arange(n)) % self.num_modes  # dealt in turn
+        angle = 2 * np.pi * mode / self.num_modes + (0 if self.num_modes == 6 else np.pi / 4)
+        radius = 5 if self.num_modes == 6 else 5 * np.sqrt(2)  # a hexagon, or corners (±5, ±5)
         centre = radius * np.stack([np.cos(angle), np.sin(angle)], axis=1)
         return np.column_stack([centre + rng.normal(size=(n, 2)), mode])
 
@@ -647,8 +649,8 @@ class MujocoEnvs(TaskEnvs):
 class UserEnvs(TaskEnvs):
     """A registered environment whose unwrapped env has sample_tasks(n) and set_task(task), lane by lane.
 
-    Held-out tasks come from its sample_test_tasks(n) if it has one. [-1, 1] is mapped to the bounds of its Box actions;
-    info["sparse_reward"] and info["success"] are passed on.
+    Held-out tasks come from its sample_test_tasks(n) if it has one, and num_modes is its own. [-1, 1] is mapped to the
+    bounds of its Box actions; info["sparse_reward"] and info["success"] are passed on.
     """
 
     def __init__(self, env_id: str, num_envs: int, lanes: slice):
@@ -667,6 +669,7 @@ class UserEnvs(TaskEnvs):
         elif not isinstance(self.native, gym.spaces.Discrete):
             fail(f"{env_id} has {type(self.native).__name__} actions; Box and Discrete are supported")
         self.envs = [gym.wrappers.FlattenObservation(env) for env in envs]
+        self.num_modes = getattr(envs[0].unwrapped, "num_modes", 0)
         observation_space, horizon = self.envs[0].observation_space, envs[0].spec.max_episode_steps or 0
         super().__init__(env_id, num_envs, lanes, horizon, observation_space, action_space)
 

@@ -72,7 +72,17 @@ BAD_MAESN = [
     ("eval_lr_decay", 0),
 ]
 BAD_MAESN += [("kl_weight", -1), ("num_inner_steps", 0), ("max_kl", 0), ("hidden_size", 0), ("init_std", 0)]
-BAD_OWN = {"maml_trpo": BAD_MAML, "rl2": BAD_RL2, "pearl": BAD_PEARL, "gmps": BAD_GMPS, "maesn": BAD_MAESN}
+BAD_MMAML = [(name, 0) for name in ("hidden_size", "encoder_size", "num_inner_steps", "update_epochs", "action_scale")]
+BAD_MMAML += [(name, 0) for name in ("inner_lr", "learning_rate", "modulation_learning_rate", "init_std", "clip_coef")]
+BAD_MMAML += [("target_clipfrac", 0), ("kl_weight", -1), ("gae_lambda", 2)]
+BAD_OWN = {
+    "maml_trpo": BAD_MAML,
+    "rl2": BAD_RL2,
+    "pearl": BAD_PEARL,
+    "gmps": BAD_GMPS,
+    "maesn": BAD_MAESN,
+    "mmaml": BAD_MMAML,
+}
 
 
 @pytest.mark.parametrize("flag, value", BAD)

@@ -14,7 +14,13 @@ from conftest import TINY, environment, load, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 LONG = 10**9
-EQUAL_RANKS = ["maml_trpo", "rl2", "gmps", "maesn"]  # the scripts whose draws do not depend on the number of ranks
+EQUAL_RANKS = [
+    "maml_trpo",
+    "rl2",
+    "gmps",
+    "maesn",
+    "mmaml",
+]  # the scripts whose draws do not depend on the number of ranks
 
 
 def state(folder):
@@ -83,6 +89,8 @@ RESUMED_OWN = {"maml_trpo": {"learned step sizes": {"learn_inner_lr": True, "num
 RESUMED_OWN["rl2"] = {"a value network": {"separate_value": True, "episodes_per_task": 2}}
 PHASES = {"prior_steps": 20, "posterior_steps": 0, "extra_steps": 20, "context_next_obs": "True"}
 RESUMED_OWN["gmps"] = {"a longer phase of the expert": {"expert_timesteps": 400}, "no DAgger": {"dagger": False}}
+ORACLE = {"env_id": "MultimodalNavigation2-v0", "oracle_mode": True}
+RESUMED_OWN["mmaml"] = {"two steps": {"num_inner_steps": 2}, "ProMP": {"no_modulation": True}, "Multi-ProMP": ORACLE}
 RESUMED_OWN["pearl"] = {"an overwritten replay": {"replay_size": 50}, "other phases": PHASES}
 RESUMED_OWN["maesn"] = {"an adapted policy": {"adapt_policy": True, "num_inner_steps": 2, "latent_dim": 3}}
 
@@ -211,8 +219,8 @@ def test_evaluate(script, train, capsys):
         assert (after if "_after_" in tag else f"{tag[5:]}: {value:.3f} ± ") in table
     _, more = train(script, evaluate=folder, num_test_tasks=3, num_eval_steps=0)
     assert more.keys() < again.keys() and "on 3 held-out tasks" in capsys.readouterr().out
-    after = {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.suffix != ".png"}
-    assert files == after  # it writes nothing but a figure
+    written = {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.suffix != ".png"}
+    assert files == written  # it writes nothing but figures
     assert len(list(folder.parent.iterdir())) == 1
 
 

@@ -14,11 +14,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = {
-    "tasks": ["gmps.py", "maesn.py", "maml_trpo.py", "pearl.py", "rl2.py"],
-    "run": ["gmps.py", "maesn.py", "maml_trpo.py", "pearl.py", "rl2.py"],
-    "rollout": ["gmps.py", "maesn.py", "maml_trpo.py", "pearl.py"],
-    "advantages": ["gmps.py", "maesn.py", "maml_trpo.py", "rl2.py"],
-    "baseline": ["gmps.py", "maesn.py", "maml_trpo.py"],
+    "tasks": ["gmps.py", "maesn.py", "maml_trpo.py", "mmaml.py", "pearl.py", "rl2.py"],
+    "run": ["gmps.py", "maesn.py", "maml_trpo.py", "mmaml.py", "pearl.py", "rl2.py"],
+    "rollout": ["gmps.py", "maesn.py", "maml_trpo.py", "mmaml.py", "pearl.py"],
+    "advantages": ["gmps.py", "maesn.py", "maml_trpo.py", "mmaml.py", "rl2.py"],
+    "baseline": ["gmps.py", "maesn.py", "maml_trpo.py", "mmaml.py"],
     "trpo": ["maesn.py", "maml_trpo.py"],
     "sac": ["gmps.py", "pearl.py"],
 }

@@ -12,7 +12,7 @@ from user_tasks import Ragged
 from maml_trpo import POINT_FAMILIES, episode_scores, make_envs, require_sparse_reward, rollout
 
 CPU = torch.device("cpu")
-FRESH = ["maml_trpo", "rl2"]  # the scripts that can draw new tasks in every iteration
+FRESH = ["maml_trpo", "rl2", "mmaml"]  # the scripts that can draw new tasks in every iteration
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +94,7 @@ def brake(obs, tasks):
         ("PointRobot-v0", to_centre, -15.8, 0.3),
         ("SparsePointRobot-v0", still, -20, 1e-9),
         ("SparsePointRobot-v0", to_goal, -3.83, 0.03),
+        ("MultimodalNavigation1-v0", brake, -715, 5),
         ("MultimodalNavigation2-v0", brake, -716, 5),
         ("MultimodalNavigation4-v0", brake, -715, 5),
         ("MultimodalNavigation6-v0", brake, -510, 5),
@@ -136,19 +137,20 @@ def test_goals():
     assert angles == pytest.approx(np.linspace(0, np.pi, 2000), abs=0.1)  # uniform
 
 
-CORNERS = {2: [(5, 5), (-5, -5)], 4: [(5, 5), (-5, 5), (-5, -5), (5, -5)]}
+CORNERS = {1: [(5, 5)], 2: [(5, 5), (-5, -5)], 4: [(5, 5), (-5, 5), (-5, -5), (5, -5)]}
 CORNERS[6] = [(5 * np.cos(k * np.pi / 3), 5 * np.sin(k * np.pi / 3)) for k in range(6)]
 
 
-@pytest.mark.parametrize("modes", [2, 4, 6])
+@pytest.mark.parametrize("modes", [1, 2, 4, 6])
 def test_modes(modes):
-    tasks = make(f"MultimodalNavigation{modes}-v0", 6000)[1]
+    envs, tasks = make(f"MultimodalNavigation{modes}-v0", 6000)
+    assert envs.num_modes == modes
     for mode, centre in enumerate(CORNERS[modes]):
         goals = tasks[tasks[:, 2] == mode, :2]
         assert len(goals) == 6000 / modes
         assert goals.mean(0) == pytest.approx(centre, abs=3 / len(goals) ** 0.5)
         assert goals.std(0) == pytest.approx([1, 1], abs=3 / (2 * len(goals)) ** 0.5)
-    assert (np.diff(tasks[:, 2]) % modes == 1).all()  # dealt in turn
+    assert (np.diff(tasks[:, 2]) % modes == 1 % modes).all()  # dealt in turn
     firsts = {make(f"MultimodalNavigation{modes}-v0", 1, seed)[1][0, 2] for seed in range(60)}
     assert firsts == set(range(modes))  # but not always from the first mode on: a draw of one task is fair too
 
