@@ -489,6 +489,23 @@ def test_the_policy_adapts_at_meta_test_if_it_did_in_training():
     assert all(torch.equal(seen.phi[6][name][2], p) for name, p in theta.items())
 
 
+def test_deterministic_episodes_are_scored_but_not_adapted_to():
+    problem, read = make_problem(), []
+
+    def collect(theta, phi, tasks, rng, deterministic=False):
+        read.append(phi["mu"].max().item())
+        return {"rewards": torch.full((len(tasks), 3, 1), 2.0 if deterministic else 1.0)}
+
+    def adapt(phi, theta, batch, lr):
+        return phi | {"mu": phi["mu"] + batch["rewards"].mean()}
+
+    for deterministic, score in ((False, 1), (True, 2)):
+        rest = {"inner_lr": LR, "lr_decay": 0.5, "seed": 1, "deterministic": deterministic}
+        scores = module.evaluate(problem.meta, np.ones((2, 1)), collect, adapt, group=2, num_steps=3, **rest)
+        assert (scores["return"] == score).all()
+    assert read == [0, 1, 2, 3, 0, 0, 1, 1, 2, 2, 3, 3]
+
+
 def test_found():
     """Whether a task had a success in any of the episodes so far."""
     scores, _, _ = run_evaluate(make_problem(), successes=(1, 3))
