@@ -14,13 +14,8 @@ from conftest import TINY, environment, load, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 LONG = 10**9
-EQUAL_RANKS = [
-    "maml_trpo",
-    "rl2",
-    "gmps",
-    "maesn",
-    "mmaml",
-]  # the scripts whose draws do not depend on the number of ranks
+# the scripts whose draws do not depend on the number of ranks
+EQUAL_RANKS = ["maml_trpo", "rl2", "maesn", "mmaml", "gmps"]
 
 
 def state(folder):
