@@ -4,6 +4,7 @@
     python benchmarks/plot.py table TAG [TAG ...] CSV [CSV ...]    the last values, over the seeds of each label
     python benchmarks/plot.py steps TAG VALUE CSV [CSV ...]        environment steps until TAG first reaches VALUE
     python benchmarks/plot.py curves PNG TAG CSV [CSV ...]         TAG against environment steps, a line per label
+    python benchmarks/plot.py families PNG CSV [CSV ...]           the last return, a panel per FAMILY_LABEL_SEED.csv
     python benchmarks/plot.py figure PNG CSV [CSV ...]             all returns of one label: training, adaptation curve
 
 A CSV's label is its name up to _SEED.csv. Over seeds: the interquartile mean and its 95% bootstrap interval (Agarwal et
@@ -96,21 +97,56 @@ def save(fig, png: str):
     fig.savefig(png, dpi=150)
 
 
-def curves(png: str, tag: str, paths: list[str]):
-    """A line per label, with the interval over its seeds; steps on a logarithmic axis."""
-    import matplotlib.pyplot as plt
+def draw(axes, labels: dict[str, list[dict[str, np.ndarray]]], everyone: list[str], tag: str | None = None):
+    """A line per label, with the interval over its seeds; of a tag, or of the last return that a label has.
 
-    fig, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for label, runs in by_label(paths).items():
-        runs = [{name: x[~np.isnan(run[tag])] for name, x in run.items()} for run in runs]
+    everyone: the labels of all panels, each of which has its colour.
+    """
+    for label, runs in labels.items():
+        name = tag or max((x for x in runs[0] if x.startswith("eval/return_after_")), key=episodes)
+        runs = [{column: x[~np.isnan(run[name])] for column, x in run.items()} for run in runs]
         first, last = (pick(run["global_step"][i] for run in runs) for pick, i in ((max, 0), (min, -1)))
         steps = np.unique(np.concatenate([run["global_step"] for run in runs]))
         steps = steps[(first <= steps) & (steps <= last)]
-        values = np.stack([np.interp(steps, run["global_step"], run[tag]) for run in runs], -1)
-        (line,) = axes.plot(steps, iqm(values), label=f"{label} ({len(runs)})")
-        axes.fill_between(steps, *interval(values), color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.set(xscale="log", xlabel="environment steps of meta-training", ylabel=tag)
+        values = np.stack([np.interp(steps, run["global_step"], run[name]) for run in runs], -1)
+        about = f"{len(runs)}" if tag else f"{episodes(name)} episodes"
+        color = f"C{everyone.index(label)}"
+        axes.plot(steps, iqm(values), color=color, label=f"{label} ({about})")
+        axes.fill_between(steps, *interval(values), color=color, alpha=0.2, linewidth=0)
+    axes.set(xscale="log", xlabel="environment steps of meta-training")
+
+
+def episodes(tag: str) -> int:
+    return int(re.search(r"\d+", tag).group())
+
+
+def curves(png: str, tag: str, paths: list[str]):
+    """One panel; steps on a logarithmic axis."""
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    labels = by_label(paths)
+    draw(axes, labels, list(labels), tag)
+    axes.set(ylabel=tag)
     axes.legend(frameon=False, title="label (seeds)")
+    save(fig, png)
+
+
+def families(png: str, paths: list[str]):
+    """A panel per family, of CSVs named FAMILY_LABEL_SEED.csv: each label's return after all its adaptation."""
+    import matplotlib.pyplot as plt
+
+    panels = defaultdict(dict)
+    for name, runs in by_label(paths).items():
+        family, label = name.split("_", 1)
+        panels[family][label] = runs
+    fig, row = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.8), layout="constrained", squeeze=False)
+    everyone = sorted({label for labels in panels.values() for label in labels})
+    for axes, (family, labels) in zip(row[0], panels.items(), strict=True):
+        draw(axes, labels, everyone)
+        axes.set(title=family)
+        axes.legend(frameon=False, fontsize="small")
+    row[0, 0].set(ylabel="return on held-out tasks, adapted")
     save(fig, png)
 
 
@@ -119,7 +155,7 @@ def figure(png: str, paths: list[str]):
     import matplotlib.pyplot as plt
 
     runs = [read(path) for path in paths]
-    tags = {int(re.search(r"\d+", tag).group()): tag for tag in runs[0] if tag.startswith("eval/return")}
+    tags = {episodes(tag): tag for tag in runs[0] if tag.startswith("eval/return")}
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=[1.7, 1], layout="constrained")
     for i, (n, tag) in enumerate(sorted(tags.items())):
         for j, run in enumerate(runs):
@@ -146,6 +182,8 @@ if __name__ == "__main__":
             steps_to(tag, float(value), paths)
         case ["curves", png, tag, *paths] if paths:
             curves(png, tag, paths)
+        case ["families", png, *paths] if paths:
+            families(png, paths)
         case ["figure", png, *paths] if paths:
             figure(png, paths)
         case _:

@@ -86,8 +86,9 @@ def test_figures(tmp_path):
     pytest.importorskip("matplotlib").use("Agg")
     for seed in (1, 2):
         rows = f"global_step,eval/return_after_0_episodes\n{10 * seed},1\n20,\n30,{seed}\n"
-        (tmp_path / f"x_{seed}.csv").write_text(rows)
+        (tmp_path / f"Some-v0_x_{seed}.csv").write_text(rows)
     paths = sorted(map(str, tmp_path.glob("*.csv")))
     plot.curves(str(tmp_path / "a.png"), "eval/return_after_0_episodes", paths)
     plot.figure(str(tmp_path / "b.png"), paths)
-    assert (tmp_path / "a.png").stat().st_size > 5000 and (tmp_path / "b.png").stat().st_size > 5000
+    plot.families(str(tmp_path / "c.png"), paths)
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in "abc")
