@@ -69,7 +69,7 @@ class Args:
     """seed of the task draws: training and held-out tasks depend on nothing else"""
     total_timesteps: int = 50_000
     """environment steps of training, those of the expert included, meta-test excluded"""
-    meta_batch_size: int = 20
+    meta_batch_size: int = 10
     """N, tasks per round"""
     episodes_per_task: int = 20
     """E, episodes per task in a round, to adapt to"""
@@ -89,7 +89,7 @@ class Args:
     """reward that training adapts to; a SAC expert always gets the dense one"""
     test_reward: Literal["dense", "sparse"] = "dense"
     """reward of the meta-test, dense or sparse"""
-    gamma: float = 0.99
+    gamma: float = 0.9
     """discount per step"""
     cuda: bool = False
     """compute on the GPU (these networks are small: the CPU is often as fast)"""
@@ -138,7 +138,7 @@ class Args:
     """parameters that the inner step changes: all, only those of bias_size, or none (behaviour cloning)"""
     inner_lr: float = 0.2
     """α before training, step size of the adaptation"""
-    importance_clip: float = 5.0
+    importance_clip: float = 2.0
     """c, importance weights are clipped to [1/c, c] (1: no weights, 0: no clipping)"""
     gae_lambda: float = 1.0
     """λ of generalised advantage estimation"""
@@ -148,7 +148,7 @@ class Args:
     """labelled states per task in an Adam step"""
     learning_rate: float = 1e-3
     """step size of Adam, for θ and α in the first round and for the SAC expert"""
-    learning_rate_decay: float = 0.7
+    learning_rate_decay: float = 0.85
     """factor on the step size for θ and α after every round"""
     dataset_size: int = 10_000
     """labelled states kept per training task, the oldest are overwritten"""
@@ -192,7 +192,8 @@ class Expert(nn.Module):
 
     def __init__(self, tasks, obs_size, action_size, hidden_size, capacity, learning_rate, gamma, reward_scale, tau):
         super().__init__()
-        self.gamma, self.reward_scale, self.tau = gamma, reward_scale, tau
+        self.gamma, self.tau = gamma, tau
+        self.temperature = 1 / reward_scale  # the same problem with small values, which critics learn faster
         scale, self.num_tasks = tasks.std(0, correction=0), len(tasks)
         self.mean, self.scale, self.tasks = tasks.mean(0), torch.where(scale > 0, scale, 1), tasks[shard(len(tasks))]
         inputs, self.action_size = obs_size + tasks[0].numel(), action_size
@@ -226,12 +227,12 @@ class Expert(nn.Module):
         with torch.no_grad():
             next_actions, next_logprobs, *_ = self.act(next_obs, task, noise[0])
             next_values = self.values(self.targets, next_obs, task, next_actions)
-            rewards, terminated = self.reward_scale * rewards.squeeze(-1), terminated.squeeze(-1)
-            y = soft_target(rewards, terminated, next_values, next_logprobs, self.gamma)
+            rewards, terminated = rewards.squeeze(-1), terminated.squeeze(-1)
+            y = soft_target(rewards, terminated, next_values, next_logprobs, self.gamma, self.temperature)
         qf_loss = (self.values(self.critics, obs, task, actions) - y).square().mean((1, 2)).sum()
         apply_gradient(self.optimizers["critics"], qf_loss)
         actions, logprobs, *_ = self.act(obs, task, noise[1])
-        actor_loss = (logprobs - self.values(self.critics, obs, task, actions).amin(0)).mean()
+        actor_loss = (self.temperature * logprobs - self.values(self.critics, obs, task, actions).amin(0)).mean()
         apply_gradient(self.optimizers["actor"], actor_loss)
         follow(self.targets, self.critics, self.tau)
         return torch.stack([qf_loss, actor_loss, -logprobs.mean()]).detach()

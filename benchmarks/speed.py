@@ -34,6 +34,7 @@ SCRIPTS = [  # script, flags, environment steps of an iteration at most
     ("gmps.py", "--expert scripted", 10_000),
     ("maesn.py", "", 16_000),
     ("mmaml.py", "", 60_000),
+    ("pearl.py", "--env-id PointRobot-v0 --initial-steps 20", 1_920),
     ("rl2.py", "", 10_000),
     ("rl2.py", "--env-id TabularMDP-v0", 50_000),
     ("rl2.py", "--env-id HalfCheetahVel-v0", 40_000),

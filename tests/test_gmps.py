@@ -281,7 +281,7 @@ def expert(tasks, **changes):
 
 
 def test_a_gradient_step_of_the_expert_in_plain_terms(double):
-    """Twin critics towards the soft target, then the actor against the new critics, then the targets."""
+    """Twin critics towards the soft target at temperature 1/5, then the actor against the new critics, then the targets."""
     tasks, batch = torch.randn(3, 1), [torch.randn(3, 6, size) for size in (2, 2, 1, 2, 1)]
     batch[4], noise = (batch[4] > 0).double(), torch.randn(2, 3, 6, 2)
     agent, copy = expert(tasks), expert(tasks)
@@ -304,8 +304,8 @@ def test_a_gradient_step_of_the_expert_in_plain_terms(double):
 
     with torch.no_grad():
         next_actions, logprobs = act(next_obs, noise[0])
-        value = values(copy.targets, next_obs, next_actions).amin(0) - logprobs
-        y = 5 * rewards[:, 0] + 0.9 * (1 - terminated[:, 0]) * value
+        value = values(copy.targets, next_obs, next_actions).amin(0) - 0.2 * logprobs
+        y = rewards[:, 0] + 0.9 * (1 - terminated[:, 0]) * value
     old = [p.detach().clone() for p in copy.targets.parameters()]
     for name, networks in (("critics", copy.critics), ("actor", copy.actor)):
         if name == "critics":
@@ -313,7 +313,7 @@ def test_a_gradient_step_of_the_expert_in_plain_terms(double):
             loss = ((q[0] - y) ** 2).mean() + ((q[1] - y) ** 2).mean()
         else:
             own_actions, logprobs = act(obs, noise[1])
-            loss = (logprobs - values(copy.critics, obs, own_actions).amin(0)).mean()
+            loss = (0.2 * logprobs - values(copy.critics, obs, own_actions).amin(0)).mean()
         copy.optimizers[name].zero_grad()
         for p, g in zip(networks.parameters(), torch.autograd.grad(loss, [*networks.parameters()]), strict=True):
             p.grad = g
