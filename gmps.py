@@ -142,13 +142,13 @@ class Args:
     """c, importance weights are clipped to [1/c, c] (1: no weights, 0: no clipping)"""
     gae_lambda: float = 1.0
     """λ of generalised advantage estimation"""
-    gradient_steps: int = 300
+    gradient_steps: int = 200
     """Adam steps per round"""
     batch_size: int = 100
     """labelled states per task in an Adam step"""
     learning_rate: float = 1e-3
     """step size of Adam, for θ and α in the first round and for the SAC expert"""
-    learning_rate_decay: float = 0.85
+    learning_rate_decay: float = 0.75
     """factor on the step size for θ and α after every round"""
     dataset_size: int = 10_000
     """labelled states kept per training task, the oldest are overwritten"""
