@@ -358,7 +358,7 @@ def collect(params, tasks, rng, envs, policy, horizon, gamma, gae_lambda, reward
     return batch
 
 
-def adapt(theta, lr, batch, policy, importance_clip) -> tuple[dict, torch.Tensor]:
+def inner_step(theta, lr, batch, policy, importance_clip) -> tuple[dict, torch.Tensor]:
     """(5) φ = θ - α ∘ ∇L(θ) of one task, and its largest importance weight; lr: α by name, of the adapted parameters.
 
     L = -mean over the task's steps of w log π(a|o) A, w = π(a|o) / π_old(a|o) held constant and clipped to [1/c, c].
@@ -382,7 +382,7 @@ def imitation_loss(theta, lr, batch, obs, labels, policy, importance_clip) -> tu
     """
 
     def of_task(batch, obs):
-        params, weight = adapt(theta, lr, batch, policy, importance_clip)
+        params, weight = inner_step(theta, lr, batch, policy, importance_clip)
         return functional_call(policy, params, (obs,)), weight
 
     chunk = None if obs.is_cuda else max(1, 8000 // batch["mask"][0].numel())  # tasks at a time that suit a CPU's cache
@@ -408,7 +408,7 @@ def add_rows(store, ids, batch, columns):
 def evaluate(theta, lr, tasks, collect, adapt, group, num_steps, seed, deterministic) -> dict:
     """(7) Meta-test on tasks (M, task size): the scores before and after each of num_steps adaptation steps.
 
-    collect and adapt: both with their settings; group: the tasks that collect's lanes hold at once.
+    collect and adapt: collect and inner_step with their settings; group: the tasks that collect's lanes hold at once.
     Returns {"return": (num_steps + 1, M), ...}, means over a task's episodes. Draws depend on seed and group alone, so
     that every call meets the same episodes. Only sampled episodes are adapted to; deterministic ones are extra.
     """
@@ -485,7 +485,7 @@ def main(args: Args) -> dict[str, float]:
     collect_test = partial(collect, envs=eval_envs, reward=args.test_reward, **sampling)
     inner = {"policy": policy, "importance_clip": args.importance_clip}
     meta_test = partial(
-        evaluate, theta, lr, test_tasks, collect_test, partial(adapt, **inner), n, args.num_eval_steps, args.seed,
+        evaluate, theta, lr, test_tasks, collect_test, partial(inner_step, **inner), n, args.num_eval_steps, args.seed,
         deterministic=args.deterministic_eval,
     )  # fmt: skip
     if args.evaluate:
@@ -557,7 +557,7 @@ def main(args: Args) -> dict[str, float]:
             # (4) DAgger
             if demonstrated and args.dagger and args.expert != "demos":
                 with torch.no_grad():
-                    params, _ = vmap(partial(adapt, theta, lr, **inner))(batch)
+                    params, _ = vmap(partial(inner_step, theta, lr, **inner))(batch)
                 visited = collect_train(params, tasks, rng(3), dagger_envs)
                 visited["labels"] = label(visited, tensor(tasks), act)
                 add_rows(data, picked, visited, ["obs", "labels"])

@@ -285,7 +285,7 @@ def probability_ratio(dist, batch, policy) -> torch.Tensor:
     return torch.exp((policy.distribution(dist).log_prob(batch["actions"]) - batch["logprobs"]) * batch["mask"])
 
 
-def adapt(params, tau, batch, lr, policy) -> tuple[dict, torch.Tensor]:
+def inner_step(params, tau, batch, lr, policy) -> tuple[dict, torch.Tensor]:
     """(4) θ - α ∇L(θ) for one task, batch without its task axis, L = -mean π_θ,τ(a|o) / π_old(a|o) A; τ is held fixed.
 
     Also returns what the policy (θ, τ) does on the batch, dist (E, T, 2A).
@@ -304,7 +304,7 @@ def promp_loss(theta, tau, batches, modulate_first, lr, clip_coef, kl_weight, po
     *inner_batches, batch = batches
     params, kls = theta, []
     for k, inner_batch in enumerate(inner_batches):
-        params, dist = adapt(params, tau * (k > 0 or modulate_first), inner_batch, lr, policy)
+        params, dist = inner_step(params, tau * (k > 0 or modulate_first), inner_batch, lr, policy)
         kl = kl_divergence(policy.distribution(inner_batch["dist"]), policy.distribution(dist))
         kls.append(masked_mean(kl, inner_batch["mask"]))
     ratio = probability_ratio(functional_call(policy, params, (batch["obs"], tau)), batch, policy)
@@ -346,10 +346,10 @@ def promp_update(agent, optimizer, batches, tasks, epochs, target_clipfrac, loss
 def evaluate(agent, tasks, collect, adapt, group, num_steps, seed, deterministic=False) -> dict:
     """(7) Meta-test on tasks (M, task size): the scores before and after each of num_steps adaptation steps.
 
-    collect and adapt: with their settings; group: the tasks that collect's lanes hold at once. Returns {"return":
-    (num_steps + 1, M), ...}, means over a task's episodes, and "embedding": (Z, M), if there is one. Draws depend on
-    seed and group alone, so that every call meets the same episodes. Only sampled episodes are adapted to;
-    deterministic ones are extra.
+    collect and adapt: collect and inner_step with their settings; group: the tasks that collect's lanes hold at once.
+    Returns {"return": (num_steps + 1, M), ...}, means over a task's episodes, and "embedding": (Z, M), if there is one.
+    Draws depend on seed and group alone, so that every call meets the same episodes. Only sampled episodes are adapted
+    to; deterministic ones are extra.
     """
     scores = {}
     for first in range(0, len(tasks), group):
@@ -453,10 +453,10 @@ def main(args: Args) -> dict[str, float]:
     collect_train = partial(collect, envs=envs, reward=args.train_reward, **sampling)
     collect_test = partial(collect, envs=eval_envs, reward=args.test_reward, **sampling)
     inner = {"lr": args.inner_lr, "policy": policy}
-    adapt_all = vmap(partial(adapt, **inner))
+    adapt_all = vmap(partial(inner_step, **inner))
     loss = partial(promp_loss, clip_coef=args.clip_coef, kl_weight=args.kl_weight, **inner)
     meta_test = partial(
-        evaluate, agent, test_tasks, collect_test, partial(adapt, **inner), group=n, num_steps=args.num_eval_steps,
+        evaluate, agent, test_tasks, collect_test, partial(inner_step, **inner), group=n, num_steps=args.num_eval_steps,
         seed=args.seed, deterministic=args.deterministic_eval,
     )  # fmt: skip
     summary = partial(mode_report, modes=test_tasks[:, -1], num_modes=envs.num_modes, eval_episodes=num_eval_episodes)

@@ -131,7 +131,7 @@ def test_inner_step(double, clip, adapted):
     """φ of each task, against a loop over its valid steps; only the adapted parameters move. The largest weight."""
     p, largest = make_problem(adapted, clip), 0
     for i in range(p.n):
-        phi, weight = module.adapt(p.theta, p.lr, of_task(p.batch, i), **p.settings)
+        phi, weight = module.inner_step(p.theta, p.lr, of_task(p.batch, i), **p.settings)
         expected = plain_adapt(p, p.theta, p.lr, i)
         for name, x in phi.items():
             torch.testing.assert_close(x, expected[name].detach())
@@ -145,7 +145,7 @@ def test_inner_step(double, clip, adapted):
 def test_importance_weights(double):
     """1 for the policy that collected; for another one their mean is 1, and so a weighted mean is an expectation."""
     p = make_problem(moved=0)
-    _, weight = module.adapt(p.theta, p.lr, of_task(p.batch, 0), **p.settings)
+    _, weight = module.inner_step(p.theta, p.lr, of_task(p.batch, 0), **p.settings)
     assert weight == pytest.approx(1, abs=1e-12)
     assert (p.batch["logprobs"][0] - plain_log_density(p.policy, p.theta, of_task(p.batch, 0))).abs().max() < 1e-12
 
@@ -160,7 +160,7 @@ def test_importance_weights(double):
     for data in (batch, fresh):
         data["advantages"] = data["actions"].tanh().sum(-1) + 1
     on_policy, off_policy, without = (
-        parameters_to_vector(module.adapt(p.theta, p.lr, data, p.policy, clip)[0].values())
+        parameters_to_vector(module.inner_step(p.theta, p.lr, data, p.policy, clip)[0].values())
         for data, clip in ((fresh, 0), (batch, 0), (batch, 1))
     )
     assert (off_policy - on_policy).norm() < 0.3 * (without - on_policy).norm()
@@ -252,7 +252,7 @@ def test_tasks_are_apart(double):
     assert abs(swapped - whole) > 1e-3 and abs(other - whole) > 1e-6
     long = make_problem(e=3, t=1500)  # 4500 steps a task: one at a time
     for i in range(3):
-        phi, _ = module.adapt(long.theta, long.lr, of_task(long.batch, i), **long.settings)
+        phi, _ = module.inner_step(long.theta, long.lr, of_task(long.batch, i), **long.settings)
         mean = functional_call(long.policy, phi, (long.expert_obs[i],))[..., :2]
         long.labels[i] = mean.detach()
     assert (
@@ -281,7 +281,7 @@ def expert(tasks, **changes):
 
 
 def test_a_gradient_step_of_the_expert_in_plain_terms(double):
-    """Twin critics towards the soft target at temperature 1/5, then the actor against the new critics, then the targets."""
+    """Twin critics towards the soft target at temperature 1/5, the actor against the new ones, then the targets."""
     tasks, batch = torch.randn(3, 1), [torch.randn(3, 6, size) for size in (2, 2, 1, 2, 1)]
     batch[4], noise = (batch[4] > 0).double(), torch.randn(2, 3, 6, 2)
     agent, copy = expert(tasks), expert(tasks)

@@ -390,7 +390,7 @@ def test_inner_steps_of_many_tasks_are_those_of_each():
     p = make_problem()
     policy, batch = p.agent.policy, {name: x.clone() for name, x in p.batches[1].items()}
     params = {name: x + 0.3 * torch.randn(3, *x.shape) for name, x in policy.named_parameters()}
-    tau, step = torch.randn(3, 2, 2, 3), vmap(partial(module.adapt, lr=0.5, policy=policy))
+    tau, step = torch.randn(3, 2, 2, 3), vmap(partial(module.inner_step, lr=0.5, policy=policy))
     adapted, dist = step(params, tau, batch)
     for i in range(3):
         leaves = {name: x[i].detach().requires_grad_() for name, x in params.items()}
@@ -632,7 +632,7 @@ def test_meta_test(kind, deterministic):
         )
         return batch
 
-    adapt = partial(module.adapt, lr=0.5, policy=agent.policy)
+    adapt = partial(module.inner_step, lr=0.5, policy=agent.policy)
     scores = module.evaluate(agent, tasks, collect, adapt, 4, 2, seed=3, deterministic=deterministic)
     sampled, scored = ([c for c in calls if c.d == d] for d in (False, deterministic))
     assert len(calls) == 6 * (1 + deterministic)
