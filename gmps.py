@@ -138,7 +138,7 @@ class Args:
     """parameters that the inner step changes: all, only those of bias_size, or none (behaviour cloning)"""
     inner_lr: float = 0.2
     """α before training, step size of the adaptation"""
-    importance_clip: float = 2.0
+    importance_clip: float = 1.5
     """c, importance weights are clipped to [1/c, c] (1: no weights, 0: no clipping)"""
     gae_lambda: float = 1.0
     """λ of generalised advantage estimation"""
