@@ -121,6 +121,8 @@ class Args:
     """ε, the surrogate's gradient stops where the probability ratio leaves 1 ± ε to its advantage"""
     ent_coef: float = 0.01
     """weight of the entropy, which is maximised"""
+    anneal: bool = False
+    """let learning_rate and ent_coef fall linearly, to 0 at total_timesteps"""
     vf_coef: float = 0.5
     """weight of the value error"""
     max_grad_norm: float = 0.5
@@ -367,7 +369,7 @@ def main(args: Args) -> dict[str, float]:
     collect_test = partial(collect_test, deterministic=args.deterministic_eval)
     meta_test = partial(evaluate, test_tasks, collect_test, n, num_scores, args.seed)
     best = horizon * num_scores * args.eval_episodes * test_tasks.max(1) if args.env_id.startswith("Bandit") else None
-    loss = partial(ppo_loss, clip_coef=args.clip_coef, vf_coef=args.vf_coef, ent_coef=args.ent_coef)
+    loss = partial(ppo_loss, clip_coef=args.clip_coef, vf_coef=args.vf_coef)
     ppo = {"epochs": args.update_epochs, "num_minibatches": args.num_minibatches, "max_grad_norm": args.max_grad_norm}
     if args.evaluate:
         return trial_report(meta_test(), args.eval_episodes, best, show=True)
@@ -401,7 +403,9 @@ def main(args: Args) -> dict[str, float]:
 
                 # (4), (5) PPO
                 rng = keyed_rng(args.seed, "minibatches", iteration)
-                losses = update(agent, optimizer, batch, rng, n, loss=loss, **ppo)
+                left = 1 - global_step / args.total_timesteps if args.anneal else 1
+                optimizer.param_groups[0]["lr"], ent_coef = left * args.learning_rate, left * args.ent_coef
+                losses = update(agent, optimizer, batch, rng, n, loss=partial(loss, ent_coef=ent_coef), **ppo)
             updated = time.perf_counter()
 
             # log, (6) meta-test, save

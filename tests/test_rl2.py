@@ -311,6 +311,24 @@ def test_the_gradient_is_clipped():
     torch.testing.assert_close(steps[0] / steps[0].norm(), steps[1] / steps[1].norm())
 
 
+def test_annealing(train, monkeypatch):
+    """Step size and the weight of the entropy fall to 0, by a fifth in each of five iterations; or not at all."""
+    settings = {"env_id": "Bandit2Arms5-v0", "meta_batch_size": 10, "num_minibatches": 2, "horizon": 5}
+    settings |= {"total_timesteps": 250, "episodes_per_task": 1, "num_test_tasks": 10}
+    settings |= {"learning_rate": 0.01, "ent_coef": 0.1}
+    for anneal, left in ((True, [0.8, 0.6, 0.4, 0.2]), (False, [1, 1, 1, 1])):  # the first one only measures units
+        seen, real = [], rl2.update
+
+        def spy(agent, optimizer, *args, loss, real=real, seen=seen, **kwargs):
+            seen.append((optimizer.param_groups[0]["lr"], loss.keywords["ent_coef"]))
+            return real(agent, optimizer, *args, loss=loss, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(rl2, "update", spy)
+            train(rl2, anneal=anneal, **settings)
+        np.testing.assert_allclose(seen, [(0.01 * x, 0.1 * x) for x in left])
+
+
 def test_a_gradient_that_is_not_finite():
     agent, batch, _ = prepared("user_tasks:Matrix-v0")
     batch["advantages"][0, 0] = torch.nan
