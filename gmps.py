@@ -243,7 +243,7 @@ class Expert(nn.Module):
         ids, task = torch.arange(len(self.tasks), device=device), self.tasks.unsqueeze(1)
         task = task.expand(-1, batch_size, *self.tasks.shape[1:])
         for _ in range(num_steps):
-            batch = draw_rows(self.replay, ids, batch_size, generator).split(self.widths, -1)
+            batch = self.replay.sample(ids, batch_size, generator).split(self.widths, -1)
             shape = (2, self.num_tasks, batch_size, self.action_size)
             noise = torch.randn(shape, generator=generator, device=device)[:, shard(self.num_tasks)]
             total += self.step(batch, task, noise)
@@ -388,14 +388,6 @@ def imitation_loss(theta, lr, batch, obs, labels, policy, importance_clip) -> tu
     chunk = None if obs.is_cuda else max(1, 8000 // batch["mask"][0].numel())  # tasks at a time that suit a CPU's cache
     dist, weights = vmap(of_task, chunk_size=chunk)(batch, obs)
     return (dist[..., : labels.shape[-1]] - labels).square().mean(), weights
-
-
-def draw_rows(store, ids, n, generator) -> torch.Tensor:
-    """n rows of each of this rank's tasks ids, (N, n, W), with replacement; the draws are those of one process."""
-    everyone = len(ids) * ranks()[1]
-    draws = torch.rand(everyone, n, generator=generator, device=ids.device, dtype=torch.float64)[shard(everyone)]
-    size = store.count[ids].clamp(max=store.capacity)
-    return store.gather(ids, (draws * size.unsqueeze(1)).long())
 
 
 def add_rows(store, ids, batch, columns):
@@ -569,7 +561,7 @@ def main(args: Args) -> dict[str, float]:
             if demonstrated:
                 collected, loss, weight = time.perf_counter(), 0, torch.zeros(len(tasks), device=device)
                 for _ in range(args.gradient_steps):
-                    obs, labels = draw_rows(data, picked, args.batch_size, generator).split([obs_size, action_size], -1)
+                    obs, labels = data.sample(picked, args.batch_size, generator).split([obs_size, action_size], -1)
                     imitation, weights = imitation_loss(theta, lr, batch, obs, labels, **inner)
                     apply_gradient(optimizer, imitation)
                     loss, weight = loss + imitation.detach(), torch.maximum(weight, weights)
@@ -1006,9 +998,9 @@ class Replay:
         return self.rows[self.index(ids, position)]
 
     def sample(self, ids: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
-        """n rows of each of the tasks ids, with replacement: (N, n, W)."""
-        size = self.count[ids].clamp(max=self.capacity).unsqueeze(1)
-        draws = torch.rand(len(ids), n, generator=generator, device=ids.device, dtype=torch.float64)
+        """n rows of each of this rank's tasks ids, with replacement: (N, n, W); ranks share what one would draw."""
+        everyone, size = len(ids) * ranks()[1], self.count[ids].clamp(max=self.capacity).unsqueeze(1)
+        draws = torch.rand(everyone, n, generator=generator, device=ids.device, dtype=torch.float64)[shard(everyone)]
         return self.gather(ids, (draws * size).long())
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -1044,7 +1036,7 @@ MAY_BE_ZERO = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads",
 MAY_BE_ZERO |= {"gae_lambda", "cg_damping", "ent_coef"}
 MAY_BE_ZERO |= {"bias_size", "expert_noise", "importance_clip"}
 MAY_BE_ZERO |= {"init_mu_std"}
-MAY_BE_ZERO |= {"posterior_steps", "extra_steps", "warmup_iterations", "kl_weight", "regularization"}
+MAY_BE_ZERO |= {"posterior_steps", "extra_steps", "warmup_iterations", "kl_weight", "regularization", "context_window"}
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "num_threads", "eval_every", "checkpoint_every"}
 MAY_CHANGE_TO_EVALUATE = {"num_test_tasks", "num_eval_steps", "eval_episodes", "deterministic_eval", "test_reward"}
 MAY_CHANGE_TO_EVALUATE |= {"eval_context", "exploration_episodes"}

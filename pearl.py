@@ -122,6 +122,10 @@ class Args:
     """transitions per task in a gradient step"""
     context_size: int | None = None
     """transitions per task that the encoder reads in a gradient step"""
+    context_segment: int | None = None
+    """length of the runs of consecutive transitions that a context is made of"""
+    context_window: int | None = None
+    """latest steps per task that contexts are drawn from (0, and in the warm-up: the last collection's)"""
     context_next_obs: bool | None = None
     """whether the context has the next observation (unset: where the dynamics vary)"""
     replay_size: int | None = None
@@ -134,13 +138,17 @@ class Args:
     """units in each of the three hidden layers of the encoder"""
     learning_rate: float | None = None
     """step size of Adam, for all networks"""
+    anneal: bool | None = None
+    """let learning_rate fall linearly, to 0 at total_timesteps"""
     tau: float = 0.005
     """share of the critics in the targets, per gradient step"""
     reward_scale: float | None = None
-    """factor on the critics' reward; the entropy has the weight 1, so that this is its inverse temperature"""
+    """factor on the critics' reward"""
+    temperature: float | None = None
+    """weight of the entropy in the critics' and the actor's objective"""
     kl_weight: float | None = None
     """weight of meta_batch_size x the mean over tasks of the KL, beside the critics' mean squared error"""
-    regularization: float = 1e-3
+    regularization: float | None = None
     """weight of the actor's squared mean (before the tanh) and squared log std"""
     exploration_episodes: int | None = None
     """episodes of a meta-test before the belief is first used, z from the prior"""
@@ -170,21 +178,27 @@ PAPER = {  # the configurations of the authors' code, katerakelly/oyster
 }  # "": all other families, HalfCheetahVel-v0 among them
 CPU = {
     "HalfCheetahDir-v0":       (2,  2, 2, 2000, 1000,   0, 1000,  400, 256,  256, 0.99,   5.0, 0.2, 2,   400_000),
-    "PointRobot-v0":         (80, 16, 16,  200,   60,   0,   60,  500,  64,   40, 0.90, 100.0, 1.0, 1,   100_000),
-    "SparsePointRobot-v0":    (40, 16, 10, 200,  100, 300,    0,  200,  64,  400, 0.90, 100.0, 1.0, 15, 1_200_000),
+    "PointRobot-v0":         (80, 16, 16,  200,   60,   0,   60,  500,  64,   40, 0.90,  1.0, 1e-4, 1,   400_000),
+    "SparsePointRobot-v0":    (40, 10, 10, 200,  100, 300,    0,  200,  64,  400, 0.90,  1.0, 1e-4, 15, 1_200_000),
     "":                      (100, 16, 5, 2000,  400,   0,  600,  500,  64,  100, 0.99,   5.0, 0.1, 2,   500_000),
 }
 # fmt: on
+ALSO = {"context_segment": 1, "context_window": 0, "temperature": 1.0, "regularization": 1e-3, "anneal": False}
+ALSO |= {"warmup_iterations": 0}
+CPU_ALSO = {name: {"context_segment": 20, "temperature": 0.01} for name in ("PointRobot-v0", "SparsePointRobot-v0")}
+CPU_ALSO["PointRobot-v0"] |= {"context_window": 400, "encoder_size": 128, "anneal": True}
+CPU_ALSO["SparsePointRobot-v0"] |= {"context_window": 1600, "encoder_size": 32, "regularization": 1e-5}
+CPU_ALSO["SparsePointRobot-v0"] |= {"warmup_iterations": 43}
 
 
 def with_preset(args: Args) -> Args:
     """args with values in place of None."""
-    table, sparse = (CPU if args.preset == "cpu" else PAPER), args.env_id.startswith("Sparse")
+    cpu, sparse = args.preset == "cpu", args.env_id.startswith("Sparse")
+    table, small = (CPU if cpu else PAPER), 64 if args.env_id in POINT_FAMILIES else 128
     values = dict(zip(PRESETS, table.get(args.env_id, table[""]), strict=True))
-    small = 64 if args.env_id in POINT_FAMILIES else 128
-    widths, rate, warmup = ((small, small), 1e-3, 43) if args.preset == "cpu" else ((300, 200), 3e-4, 0)
+    widths, rate = ((small, small), 1e-3) if cpu else ((300, 200), 3e-4)
     values |= {"hidden_size": widths[0], "encoder_size": widths[1], "learning_rate": rate}
-    values |= {"warmup_iterations": warmup if args.env_id == "SparsePointRobot-v0" else 0}
+    values |= ALSO | (CPU_ALSO.get(args.env_id, {}) if cpu else {})
     values |= {"train_reward": "sparse" if sparse else "dense", "test_reward": "sparse" if sparse else "dense"}
     values |= {"num_eval_steps": 19 if sparse else 2, "eval_episodes": args.episodes_per_task}
     values |= {"num_test_tasks": 100 if args.env_id in POINT_FAMILIES else 40}
@@ -241,7 +255,7 @@ def kl_to_prior(mean, variance) -> torch.Tensor:
     return 0.5 * (variance + mean**2 - 1 - variance.log()).sum(-1)
 
 
-def critic_loss(agent, batch, z, noise, gamma, reward_scale, temperature=1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def critic_loss(agent, batch, z, noise, gamma, reward_scale, temperature) -> tuple[torch.Tensor, torch.Tensor]:
     """(4) The critics' mean squared errors, summed, and their mean value; batch (N, B, ...) by name, z (N, B, Z)."""
     with torch.no_grad():
         next_action, next_logprob, *_ = agent.act(batch["next_obs"], z, noise)
@@ -252,7 +266,7 @@ def critic_loss(agent, batch, z, noise, gamma, reward_scale, temperature=1.0) ->
     return (values - y).square().mean((1, 2)).sum(), values.mean()
 
 
-def actor_loss(agent, batch, z, noise, regularization, temperature=1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def actor_loss(agent, batch, z, noise, regularization, temperature) -> tuple[torch.Tensor, torch.Tensor]:
     """(6) The actor's loss and its mean log-probability; batch (N, B, ...) by name, z (N, B, Z), a constant."""
     z = z.detach()
     action, logprob, mean, log_std = agent.act(batch["obs"], z, noise)
@@ -262,7 +276,7 @@ def actor_loss(agent, batch, z, noise, regularization, temperature=1.0) -> tuple
 
 
 def gradient_step(
-    agent, optimizers, batch, context, mask, noise, n, gamma, reward_scale, kl_weight, regularization, tau
+    agent, optimizers, batch, context, mask, noise, n, gamma, reward_scale, temperature, kl_weight, regularization, tau
 ) -> torch.Tensor:
     """(3)-(6) One step of all networks; n: tasks of all ranks together, N of them here. Returns the values of LOSSES.
 
@@ -274,12 +288,12 @@ def gradient_step(
     z = (mean + variance.sqrt() * noise[0]).unsqueeze(1).expand(-1, batch["obs"].shape[1], -1)
 
     # (4), (5) critics and encoder
-    qf_loss, qf_values = critic_loss(agent, batch, z, noise[1], gamma, reward_scale)
+    qf_loss, qf_values = critic_loss(agent, batch, z, noise[1], gamma, reward_scale, temperature)
     kl = kl_to_prior(mean, variance).mean()
     apply_gradient(optimizers["critics"], qf_loss + kl_weight * n * kl)
 
     # (6) the actor, with the critics just updated, and the targets
-    pg_loss, logprob = actor_loss(agent, batch, z, noise[2], regularization)
+    pg_loss, logprob = actor_loss(agent, batch, z, noise[2], regularization, temperature)
     apply_gradient(optimizers["actor"], pg_loss)
     follow(agent.targets, agent.critics, tau)
     return torch.stack([qf_loss, qf_values, kl, variance.sqrt().mean(), pg_loss, -logprob]).detach()
@@ -289,16 +303,20 @@ LOSSES = ["qf_loss", "qf_values", "kl", "posterior_std", "actor_loss", "entropy"
 COLUMNS = ["obs", "actions", "rewards", "next_obs", "dense_rewards", "terminated"]  # the encoder reads the first ones
 
 
-def draw_context(replay, window, ids, size, longest, width, generator) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_context(replay, window, ids, size, segment, longest, width, generator) -> tuple[torch.Tensor, torch.Tensor]:
     """At most `size` different transitions of the context of each task: (N, C, width), and their mask (N, C).
 
     window (tasks, 2): where a task's context starts in its replay, and its length; of it, the first `longest` count.
+    The draw is one of segments, runs of `segment` consecutive transitions.
     """
     first, length = window[ids].unbind(1)
-    keys = torch.rand(len(ids), longest, generator=generator, device=window.device)
-    outside = torch.arange(longest, device=window.device) >= length.unsqueeze(1)
-    keys, offset = keys.masked_fill(outside, -1).topk(min(size, longest))  # the largest of random keys: a random draw
-    return replay.gather(ids, first.unsqueeze(1) + offset)[..., :width], (keys >= 0).to(replay.rows.dtype)
+    starts = torch.arange(0, longest, segment, device=window.device)
+    keys = torch.rand(len(ids), len(starts), generator=generator, device=window.device)
+    keys = keys.masked_fill(starts >= length.unsqueeze(1), -1)
+    chosen = starts[keys.topk(min(size // segment, len(starts))).indices]  # the largest of random keys: a random draw
+    offset = (chosen.unsqueeze(2) + torch.arange(segment, device=window.device)).flatten(1)
+    mask = (offset < length.unsqueeze(1)).to(replay.rows.dtype)
+    return replay.gather(ids, first.unsqueeze(1) + offset)[..., :width], mask
 
 
 def draw_batch(generator, replay, window, n, batch_size, sizes, latent_size, **context_settings) -> tuple:
@@ -339,10 +357,11 @@ def to_rows(batch) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(columns, -1).flatten(1, 2), batch["mask"].flatten(1, 2)
 
 
-def explore(phases, ids, replay, window, agent, collect, key, **context_settings) -> list[dict]:
+def explore(phases, ids, replay, window, context_window, agent, collect, key, **context_settings) -> list[dict]:
     """(1) Collect in the tasks ids of this rank, whose contexts start anew; returns the episodes, round by round.
 
     phases: steps per task by name, on average over the tasks; collect: collect with its settings; key: of the draws.
+    With a context_window, the contexts become the latest so many steps in the end.
     """
     rounds, window[ids] = [], torch.stack([replay.count[ids], torch.zeros_like(ids)], 1)
     for phase, steps in phases.items():
@@ -360,6 +379,9 @@ def explore(phases, ids, replay, window, agent, collect, key, **context_settings
             if phase != "extra":
                 window[ids, 1] += mask.sum(1).long()
             done += int(all_reduce(mask.sum()))
+    if context_window:
+        length = replay.count[ids].clamp(max=min(context_window, replay.capacity))
+        window[ids] = torch.stack([replay.count[ids] - length, length], 1)
     return rounds
 
 
@@ -423,8 +445,11 @@ def main(args: Args) -> dict[str, float]:
             fail(f"--{flag} {value}: more than --num-train-tasks {args.num_train_tasks}")
         if value % num_ranks or args.num_train_tasks % num_ranks:
             fail(f"--{flag} {value}, --num-train-tasks {args.num_train_tasks}: not divisible by the {num_ranks} ranks")
-    if args.context_size > args.prior_steps + args.posterior_steps:
-        fail(f"--context-size {args.context_size}: more than is collected, --prior-steps and --posterior-steps")
+    available = args.context_window or args.prior_steps + args.posterior_steps
+    if args.context_size > available:
+        fail(f"--context-size {args.context_size}: more than the {available} steps that contexts are drawn from")
+    if args.context_segment > args.context_size:
+        fail(f"--context-segment {args.context_segment}: more than --context-size {args.context_size}")
 
     # tasks, and environments with a lane per episode; each rank has its share of the tasks and lanes
     group = math.ceil(args.num_test_tasks / num_ranks) * num_ranks
@@ -465,7 +490,7 @@ def main(args: Args) -> dict[str, float]:
         return report(meta_test(), args.eval_episodes, show=True)
     update = partial(
         gradient_step, agent, optimizers, n=args.meta_batch_size, gamma=args.gamma, reward_scale=args.reward_scale,
-        kl_weight=args.kl_weight, regularization=args.regularization, tau=args.tau,
+        temperature=args.temperature, kl_weight=args.kl_weight, regularization=args.regularization, tau=args.tau,
     )  # fmt: skip
 
     # replay; steps: of a task in an iteration
@@ -489,7 +514,8 @@ def main(args: Args) -> dict[str, float]:
         window.copy_(checkpoint["window"][shard(args.num_train_tasks)])
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(checkpoint["optimizers"][name])
-    of_context = {"size": args.context_size, "longest": max(at_first, for_context), "width": width}
+    longest = max(at_first, for_context, args.context_window)
+    of_context = {"size": args.context_size, "segment": args.context_segment, "longest": longest, "width": width}
     draw = partial(
         draw_batch, replay=replay, window=window, n=args.meta_batch_size // num_ranks, batch_size=args.batch_size,
         sizes=sizes, latent_size=args.latent_size, **of_context,
@@ -506,13 +532,15 @@ def main(args: Args) -> dict[str, float]:
         first = math.ceil(num_tasks / num_picked)  # iterations of initial collection, all tasks in turn
         while global_step < args.total_timesteps and not run.stopping():
             iteration, start = iteration + 1, time.perf_counter()
+            warming_up = iteration < first + args.warmup_iterations
 
             # (1) collect
             order = keyed_rng(args.seed, "picks", iteration, rank).permutation(num_tasks)
             ids = np.roll(np.arange(num_tasks), num_picked * (1 - iteration)) if iteration <= first else order
             ids = torch.as_tensor(ids[:num_picked], device=device)
+            reach = 0 if warming_up else args.context_window
             rounds = explore(
-                initial if iteration <= first else phases, ids, replay, window, agent,
+                initial if iteration <= first else phases, ids, replay, window, reach, agent,
                 partial(collect_train, tasks=train_tasks[ids.cpu()]), (args.seed, "train", iteration), **of_context,
             )  # fmt: skip
             global_step += int(all_reduce(sum(batch["mask"].sum() for batch in rounds)))
@@ -527,8 +555,10 @@ def main(args: Args) -> dict[str, float]:
             if iteration >= first:
                 seed = int(keyed_rng(args.seed, "update", iteration, rank).integers(2**63))
                 generator = torch.Generator(device).manual_seed(seed)
-                warming_up = iteration < first + args.warmup_iterations
                 times = args.warmup_gradient_steps if warming_up else args.gradient_steps
+                left = max(0, 1 - global_step / args.total_timesteps) if args.anneal else 1
+                for optimizer in optimizers.values():
+                    optimizer.param_groups[0]["lr"] = left * args.learning_rate
                 losses = repeat(lambda g=generator: update(*draw(g)), times, generator, args.compile)
                 losses = (all_reduce(losses) / num_ranks).tolist()
                 metrics |= {f"losses/{name}": loss for name, loss in zip(LOSSES, losses, strict=True)}
@@ -959,9 +989,9 @@ class Replay:
         return self.rows[self.index(ids, position)]
 
     def sample(self, ids: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
-        """n rows of each of the tasks ids, with replacement: (N, n, W)."""
-        size = self.count[ids].clamp(max=self.capacity).unsqueeze(1)
-        draws = torch.rand(len(ids), n, generator=generator, device=ids.device, dtype=torch.float64)
+        """n rows of each of this rank's tasks ids, with replacement: (N, n, W); ranks share what one would draw."""
+        everyone, size = len(ids) * ranks()[1], self.count[ids].clamp(max=self.capacity).unsqueeze(1)
+        draws = torch.rand(everyone, n, generator=generator, device=ids.device, dtype=torch.float64)[shard(everyone)]
         return self.gather(ids, (draws * size).long())
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -997,7 +1027,7 @@ MAY_BE_ZERO = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads",
 MAY_BE_ZERO |= {"gae_lambda", "cg_damping", "ent_coef"}
 MAY_BE_ZERO |= {"bias_size", "expert_noise", "importance_clip"}
 MAY_BE_ZERO |= {"init_mu_std"}
-MAY_BE_ZERO |= {"posterior_steps", "extra_steps", "warmup_iterations", "kl_weight", "regularization"}
+MAY_BE_ZERO |= {"posterior_steps", "extra_steps", "warmup_iterations", "kl_weight", "regularization", "context_window"}
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "num_threads", "eval_every", "checkpoint_every"}
 MAY_CHANGE_TO_EVALUATE = {"num_test_tasks", "num_eval_steps", "eval_episodes", "deterministic_eval", "test_reward"}
 MAY_CHANGE_TO_EVALUATE |= {"eval_context", "exploration_episodes"}

@@ -166,8 +166,9 @@ def pearl_table(rounds: int, num_threads: int, steps: int = 5):
     replay, ids = pearl.Replay(args.num_train_tasks, 2000, sum(sizes), device), torch.arange(args.num_train_tasks)
     replay.add(ids, torch.randn(len(ids), 2000, sum(sizes)), torch.ones(len(ids), 2000))
     window, generator = torch.stack([0 * ids, 0 * ids + 400], 1), torch.Generator()
-    context = {"size": c, "longest": 2000, "width": 24}
-    settings = {name: getattr(args, name) for name in ("gamma", "reward_scale", "kl_weight", "regularization", "tau")}
+    context = {"size": c, "segment": 1, "longest": 2000, "width": 24}
+    names = "gamma", "reward_scale", "temperature", "kl_weight", "regularization", "tau"
+    settings = {name: getattr(args, name) for name in names}
 
     def step():
         draws = pearl.draw_batch(generator, replay, window, n, b, sizes, z, **context)

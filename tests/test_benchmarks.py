@@ -15,7 +15,7 @@ def load_module(name):
     return module
 
 
-plot, run = load_module("plot"), load_module("run")
+plot, run, per_task = load_module("plot"), load_module("run"), load_module("per_task")
 
 
 @pytest.fixture
@@ -92,3 +92,19 @@ def test_figures(tmp_path):
     plot.figure(str(tmp_path / "b.png"), paths)
     plot.families(str(tmp_path / "c.png"), paths)
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in "abc")
+
+
+def test_scores_per_task(tmp_path, monkeypatch, capsys):
+    """Each different held-out task once; the tasks' means make up the mean of the meta-test."""
+    monkeypatch.chdir(tmp_path)
+    import maml_trpo
+
+    tiny = TINY | {"env_id": "HalfCheetahDir-v0", "horizon": 5, "hidden_size": 8, "num_test_tasks": 4}
+    metrics = maml_trpo.main(maml_trpo.parse(maml_trpo.Args, to_argv(tiny)))
+    per_task.main("maml_trpo", str(next(tmp_path.glob("runs/*"))), [])
+    monkeypatch.undo()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("task ")]
+    assert [row.split(":")[0] for row in rows] == ["task [-1.], 2 times", "task [1.], 2 times"]
+    means = np.array([[float(cell.split(" ±")[0]) for cell in row.split(":  ")[1].split(" -> ")] for row in rows])
+    returns = [value for tag, value in sorted(metrics.items()) if tag.startswith("eval/return_after")]
+    assert np.allclose(means.mean(0), returns, atol=0.1)

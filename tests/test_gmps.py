@@ -538,14 +538,14 @@ def test_draws_are_those_of_one_process(monkeypatch):
     store = module.Replay(4, 10, 1, CPU)
     ids, mask = torch.arange(4), torch.arange(6).expand(4, 6) < torch.tensor([[1], [3], [6], [6]])
     store.add(ids, (10 * ids[:, None] + torch.arange(6)).unsqueeze(-1).float(), mask.float())
-    rows = module.draw_rows(store, ids, 200, torch.Generator().manual_seed(0))
+    rows = store.sample(ids, 200, torch.Generator().manual_seed(0))
     for i, size in enumerate((1, 3, 6, 6)):
         assert rows[i].unique().tolist() == [10 * i + k for k in range(size)]
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
         own = ids[2 * rank : 2 * rank + 2]
-        assert torch.equal(module.draw_rows(store, own, 200, torch.Generator().manual_seed(0)), rows[own])
+        assert torch.equal(store.sample(own, 200, torch.Generator().manual_seed(0)), rows[own])
 
 
 # ----------------------------------------------------------------------------------------------- what the learner knows

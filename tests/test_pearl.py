@@ -20,7 +20,8 @@ import pearl as module
 CPU = torch.device("cpu")
 SIZES = [2, 2, 1, 2, 1, 1]  # of the COLUMNS of the point robots
 N, B, C, Z = 4, 8, 6, 5
-SETTINGS = {"gamma": 0.9, "reward_scale": 5.0, "kl_weight": 0.1, "regularization": 1e-3, "tau": 0.005}
+SETTINGS = {"gamma": 0.9, "reward_scale": 5.0, "temperature": 1.0, "kl_weight": 0.1}
+SETTINGS |= {"regularization": 1e-3, "tau": 0.005}
 
 
 @pytest.fixture
@@ -145,16 +146,18 @@ def test_what_each_loss_reaches(agent):
     batch, context, mask, noise = draws()
     mean, variance = module.belief(agent.encoder(context), mask)
     z = (mean + variance.sqrt() * noise[0]).unsqueeze(1).expand(-1, B, -1)
-    qf_loss, _ = module.critic_loss(agent, batch, z, noise[1], 0.9, 5.0)
+    qf_loss, _ = module.critic_loss(agent, batch, z, noise[1], 0.9, 5.0, 1.0)
     assert reached(qf_loss, agent) == {"encoder", "critics"}
     mean, variance = module.belief(agent.encoder(context), mask)
     assert reached(module.kl_to_prior(mean, variance).mean(), agent) == {"encoder"}
     mean, variance = module.belief(agent.encoder(context), mask)
     z = (mean + variance.sqrt() * noise[0]).unsqueeze(1).expand(-1, B, -1)
-    actor_loss, _ = module.actor_loss(agent, batch, z, noise[2], 1e-3)
+    actor_loss, _ = module.actor_loss(agent, batch, z, noise[2], 1e-3, 1.0)
     assert reached(actor_loss, agent) == {"actor", "critics"}  # only the actor's is applied:
     before = copy.deepcopy(agent.state_dict())
-    module.apply_gradient(optimizers(agent)["actor"], module.actor_loss(agent, batch, z.detach(), noise[2], 1e-3)[0])
+    module.apply_gradient(
+        optimizers(agent)["actor"], module.actor_loss(agent, batch, z.detach(), noise[2], 1e-3, 1.0)[0]
+    )
     changed = {name.split(".")[0] for name, x in agent.state_dict().items() if not torch.equal(x, before[name])}
     assert changed == {"actor"}
 
@@ -163,7 +166,7 @@ def test_the_target_is_a_constant_of_z(agent):
     """The critics' gradient in z is that with the target held fixed."""
     batch, _, _, noise = draws()
     z = torch.randn(N, B, Z, requires_grad=True)
-    (gradient,) = torch.autograd.grad(module.critic_loss(agent, batch, z, noise[1], 0.9, 5.0)[0], z)
+    (gradient,) = torch.autograd.grad(module.critic_loss(agent, batch, z, noise[1], 0.9, 5.0, 1.0)[0], z)
     with torch.no_grad():
         action, logprob, *_ = agent.act(batch["next_obs"], z, noise[1])
         value = agent.values(agent.targets, batch["next_obs"], action, z).min(0).values - logprob
@@ -183,7 +186,7 @@ def test_a_whole_step_in_plain_terms(agent):
     }
     mean, variance = module.belief(twin.encoder(context), mask)
     z = torch.stack([torch.stack([mean[i] + variance[i].sqrt() * noise[0][i]] * B) for i in range(N)])
-    qf_loss, qf_values = module.critic_loss(twin, batch, z, noise[1], 0.9, 5.0)
+    qf_loss, qf_values = module.critic_loss(twin, batch, z, noise[1], 0.9, 5.0, 1.0)
     kl = kl_divergence(Normal(mean, variance.sqrt()), Normal(0.0, 1.0)).sum()
     (qf_loss + 0.1 * kl).backward()
     adam["critics"].step()
@@ -227,10 +230,10 @@ def test_reward_scale_and_temperature(agent):
         for critics in (small.critics, small.targets):
             critics.weights[-1].div_(c)
             critics.biases[-1].div_(c)
-    one, _ = module.critic_loss(agent, batch, z, noise[1], 0.9, c)
+    one, _ = module.critic_loss(agent, batch, z, noise[1], 0.9, c, 1.0)
     two, _ = module.critic_loss(small, batch, z, noise[1], 0.9, 1.0, temperature=1 / c)
     torch.testing.assert_close(one, c**2 * two)
-    one, _ = module.actor_loss(agent, batch, z, noise[2], 0.0)
+    one, _ = module.actor_loss(agent, batch, z, noise[2], 0.0, 1.0)
     two, _ = module.actor_loss(small, batch, z, noise[2], 0.0, temperature=1 / c)
     torch.testing.assert_close(one, c * two)
 
@@ -251,7 +254,7 @@ def test_the_twin_critics_differ(agent):
 def test_regularisers_move_the_actor(lively):
     batch, _, _, noise = draws()
     mean, log_std = lively.act(batch["obs"], torch.zeros(N, B, Z), noise[2])[2:]
-    losses = [module.actor_loss(lively, batch, torch.zeros(N, B, Z), noise[2], weight)[0] for weight in (0.0, 1e3)]
+    losses = [module.actor_loss(lively, batch, torch.zeros(N, B, Z), noise[2], weight, 1.0)[0] for weight in (0.0, 1e3)]
     expected = 1e3 * ((mean**2).mean() + (log_std**2).mean())
     for p, zero, one, g in zip(
         lively.actor.parameters(),
@@ -312,17 +315,42 @@ def test_contexts_are_different_transitions_of_the_window():
     window = torch.tensor([[0, 30], [10, 5], [7, 0]])
     seen = [set(), set()]
     for _ in range(60):
-        context, mask = module.draw_context(replay, window, torch.tensor([1, 0, 2]), 12, 30, 2, generator)
+        context, mask = module.draw_context(replay, window, torch.tensor([1, 0, 2]), 12, 1, 30, 2, generator)
         assert context.shape == (3, 12, 2) and mask.sum(1).tolist() == [5, 12, 0]
         for i, task in enumerate((1, 0)):
             drawn = context[i][mask[i] > 0]
             assert (drawn[:, 0] == task).all() and len(set(drawn[:, 1].tolist())) == len(drawn)  # no repetition
             seen[i] |= set(drawn[:, 1].tolist())
     assert seen == [set(range(10, 15)), set(range(30))]
-    assert module.draw_context(replay, window, torch.tensor([0]), 12, 30, 1, generator)[0].shape == (1, 12, 1)
+    assert module.draw_context(replay, window, torch.tensor([0]), 12, 1, 30, 1, generator)[0].shape == (1, 12, 1)
 
 
-def play_phases(phases, env_id="PointRobot-v0", horizon=20, episodes=1, agent=None, n=3, times=1):
+def test_contexts_of_segments():
+    """Runs of consecutive transitions, drawn without repetition; what lies beyond the window is masked."""
+    replay, generator = module.Replay(2, 40, 2, CPU), torch.Generator().manual_seed(0)
+    fill(replay, [30, 30])
+    window, seen = torch.tensor([[3, 20], [10, 7]]), set()
+    for _ in range(40):
+        context, mask = module.draw_context(replay, window, torch.tensor([0, 1]), 11, 5, 20, 2, generator)
+        first, second = context[0, :, 1].reshape(2, 5), context[1][mask[1] > 0][:, 1]
+        assert context.shape == (2, 10, 2) and torch.equal(first, first[:, :1] + torch.arange(5))
+        assert first[0, 0] != first[1, 0] and sorted(second.tolist()) == list(range(10, 17))
+        seen |= set(first[:, 0].tolist())
+    assert seen == {3, 8, 13, 18}
+
+
+def test_context_window_reaches_back_over_collections():
+    """The latest steps of all phases; while a task is explored, its belief still starts anew."""
+    phases = {"prior": 20, "extra": 40}
+    replay, window, *_ = play_phases(phases, times=3, context_window=100)
+    assert replay.count[:3].tolist() == [180] * 3 and window[:3].tolist() == [[80, 100]] * 3
+    *_, (mean, variance) = play_phases(phases, times=3)[3]
+    *_, (again, _) = play_phases(phases, times=3, context_window=100)[3]
+    assert torch.equal(mean, again) and not torch.equal(variance, torch.ones_like(variance))
+    assert play_phases(phases, context_window=100)[1][:3].tolist() == [[0, 60]] * 3  # no more than there is
+
+
+def play_phases(phases, env_id="PointRobot-v0", horizon=20, episodes=1, agent=None, n=3, times=1, context_window=0):
     """explore in the first n of 5 tasks; returns the replay, windows, rounds, and the beliefs that were acted on."""
     torch.manual_seed(0)
     agent = agent or module.Agent(2, 2, 5, Z, 16, 16)
@@ -336,10 +364,12 @@ def play_phases(phases, env_id="PointRobot-v0", horizon=20, episodes=1, agent=No
         beliefs.append((mean, variance))
         return module.collect(mean, variance, tasks[:n], rng, agent, envs, horizon, reward)
 
-    settings = {"size": 8, "longest": 4000, "width": obs + act + 1}
+    settings = {"size": 8, "segment": 1, "longest": 4000, "width": obs + act + 1}
     for k in range(times):
         beliefs.clear()
-        rounds = module.explore(phases, torch.arange(n), replay, window, agent, collect, (1, "x", k), **settings)
+        rounds = module.explore(
+            phases, torch.arange(n), replay, window, context_window, agent, collect, (1, "x", k), **settings
+        )
     return replay, window, rounds, beliefs
 
 
@@ -377,7 +407,11 @@ def test_main_collects_what_the_flags_say(train):
     assert state["iteration"] == 4 and state["global_step"] == 600 == state["replay"]["count"].sum()
     picks = (state["replay"]["count"] - 40) / 60
     assert picks.sum() == 6 and picks.max() <= 2  # without replacement: at most once in an iteration
-    assert all(length == 40 for length in state["window"][:, 1])
+    picked = state["replay"]["count"] > 40
+    assert state["window"][:, 1].tolist() == [60 if x else 40 for x in picked]  # context_window
+    for other in ({"context_window": 0}, {"warmup_iterations": 3}):
+        folder, _ = train(module, initial_steps=40, total_timesteps=2 * 3 * 40 + 2 * 3 * 60, **(flags | other))
+        assert load(folder)["window"][:, 1].tolist() == [40] * 6
 
 
 def test_rows_hold_terminated_but_not_truncated():
@@ -525,7 +559,8 @@ def test_presets(preset):
     [
         ({"meta_batch_size": 5}, "--meta-batch-size 5: more than --num-train-tasks 4"),
         ({"picked_tasks": 5}, "--picked-tasks 5: more than --num-train-tasks 4"),
-        ({"context_size": 41}, "--context-size 41: more than is collected"),
+        ({"context_size": 61}, "--context-size 61: more than the 60 steps that contexts are drawn from"),
+        ({"context_segment": 17}, "--context-segment 17: more than --context-size 16"),
         ({"env_id": "user_tasks:Discrete-v0"}, "Discrete actions"),
         ({"num_train_tasks": 0}, "--num-train-tasks 0"),
         ({"replay_size": 39}, "--replay-size 39: less than the 40 steps"),
@@ -636,7 +671,7 @@ def test_learns_to_infer_the_task(train):
     }
     flags |= {"hidden_size": 32, "encoder_size": 32, "context_size": 8, "learning_rate": 3e-3, "gamma": 0.5}
     flags |= {"num_test_tasks": 10, "exploration_episodes": 1, "total_timesteps": 6 * 80, "reward_scale": 20.0}
-    flags |= {"tau": 0.05}
+    flags |= {"tau": 0.05, "context_segment": 1, "context_window": 0}
     folder, metrics = train(module, env_id="Sign-v0", **flags)
     assert metrics["eval/return_after_1_episodes"] > 3 > 2 > metrics["eval/return_after_0_episodes"]
     _, shuffled = train(module, evaluate=folder, eval_context="shuffled")
