@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -18,11 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 def main(script: str, folder: str, flags: list[str]):
     module = importlib.import_module(script)
-    report, seen = module.report, {}
-    module.report = lambda scores, *args, **kwargs: report(seen.setdefault("scores", scores), *args, **kwargs)
     args = module.parse(module.Args, ["--evaluate", folder, *flags])
-    module.main(args)
-    returns = seen["scores"]["return"]  # (K + 1, M)
+    with mock.patch.object(module, "report", wraps=module.report) as report:
+        module.main(args)
+    returns = report.call_args.args[0]["return"]  # (K + 1, M)
     envs = module.make_envs(args.env_id, 1)
     tasks = envs.sample_test_tasks(returns.shape[1], np.random.default_rng([args.task_seed, 1]))
     different, which = np.unique(tasks, axis=0, return_inverse=True)
