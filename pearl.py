@@ -183,12 +183,13 @@ CPU = {
     "":                      (100, 16, 5, 2000,  400,   0,  600,  500,  64,  100, 0.99,   5.0, 0.1, 2,   500_000),
 }
 # fmt: on
-ALSO = {"context_segment": 1, "context_window": 0, "temperature": 1.0, "regularization": 1e-3, "anneal": False}
-ALSO |= {"warmup_iterations": 0}
-CPU_ALSO = {name: {"context_segment": 20, "temperature": 0.01} for name in ("PointRobot-v0", "SparsePointRobot-v0")}
-CPU_ALSO["PointRobot-v0"] |= {"context_window": 400, "encoder_size": 128, "anneal": True}
-CPU_ALSO["SparsePointRobot-v0"] |= {"context_window": 1600, "encoder_size": 32, "regularization": 1e-5}
-CPU_ALSO["SparsePointRobot-v0"] |= {"warmup_iterations": 43}
+# what the tables do not have: the same for all families, but for two of --preset cpu (docs/pearl.md#presets says why)
+COMMON = {"context_segment": 1, "context_window": 0, "temperature": 1.0, "regularization": 1e-3, "anneal": False}
+COMMON |= {"warmup_iterations": 0}
+CPU_SPECIAL = {name: {"context_segment": 20, "temperature": 0.01} for name in ("PointRobot-v0", "SparsePointRobot-v0")}
+CPU_SPECIAL["PointRobot-v0"] |= {"context_window": 400, "encoder_size": 128, "anneal": True}
+CPU_SPECIAL["SparsePointRobot-v0"] |= {"context_window": 1600, "encoder_size": 32, "regularization": 1e-5}
+CPU_SPECIAL["SparsePointRobot-v0"] |= {"warmup_iterations": 43}
 
 
 def with_preset(args: Args) -> Args:
@@ -198,7 +199,7 @@ def with_preset(args: Args) -> Args:
     values = dict(zip(PRESETS, table.get(args.env_id, table[""]), strict=True))
     widths, rate = ((small, small), 1e-3) if cpu else ((300, 200), 3e-4)
     values |= {"hidden_size": widths[0], "encoder_size": widths[1], "learning_rate": rate}
-    values |= ALSO | (CPU_ALSO.get(args.env_id, {}) if cpu else {})
+    values |= COMMON | (CPU_SPECIAL.get(args.env_id, {}) if cpu else {})
     values |= {"train_reward": "sparse" if sparse else "dense", "test_reward": "sparse" if sparse else "dense"}
     values |= {"num_eval_steps": 19 if sparse else 2, "eval_episodes": args.episodes_per_task}
     values |= {"num_test_tasks": 100 if args.env_id in POINT_FAMILIES else 40}
