@@ -591,7 +591,7 @@ import pearl, test_pearl
 torch.manual_seed(0)
 if pearl.ranks()[1] > 1:
     torch.distributed.init_process_group("gloo")
-    atexit.register(torch.distributed.destroy_process_group)  # as setup does: its threads can abort a Python that is ending
+    atexit.register(torch.distributed.destroy_process_group)  # as setup does
 agent = pearl.Agent(2, 2, 5, test_pearl.Z, 16, 16).double()
 batch, context, mask, noise = test_pearl.draws()
 own = pearl.shard(test_pearl.N)
