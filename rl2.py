@@ -554,10 +554,8 @@ class MujocoEnvs(TaskEnvs):
         spaces = (gym.spaces.Box(-x, x, (n,), np.float64) for x, n in ((np.inf, obs_size), (1, self.model.nu)))
         super().__init__(env_id, num_envs, lanes, 200, *spaces)
         threads = num_threads or os.cpu_count()
-        self.pool, self.data = (
-            mujoco.rollout.Rollout(nthread=threads),
-            [mujoco.MjData(self.model) for _ in range(threads)],
-        )
+        self.pool = mujoco.rollout.Rollout(nthread=threads)
+        self.data = [mujoco.MjData(self.model) for _ in range(threads)]
         self.models = [copy.copy(self.model) if self.varies else self.model for _ in range(self.num_envs)]
 
     def sample_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:

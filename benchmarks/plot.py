@@ -109,7 +109,7 @@ def draw(axes, labels: dict[str, list[dict[str, np.ndarray]]], everyone: list[st
         steps = np.unique(np.concatenate([run["global_step"] for run in runs]))
         steps = steps[(first <= steps) & (steps <= last)]
         values = np.stack([np.interp(steps, run["global_step"], run[name]) for run in runs], -1)
-        about = f"{len(runs)}" if tag else f"{episodes(name)} episodes"
+        about = f"{len(runs)}" if tag else f"{(n := episodes(name))} episode" + "s" * (n != 1)
         color = f"C{everyone.index(label)}"
         axes.plot(steps, iqm(values), color=color, label=f"{label} ({about})")
         axes.fill_between(steps, *interval(values), color=color, alpha=0.2, linewidth=0)
