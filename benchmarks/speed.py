@@ -103,10 +103,15 @@ def envs_table(lanes: int, rounds: int, steps: int = 20):
 
 
 def script_row(script: str, flags: list[str]):
-    """In a process of its own: run the script, then print medians of its times, steps per second and memory."""
+    """In a process of its own: run the script, then print medians of its times, steps per second, the share of
+    torch.mm's speed at which it multiplies matrices while it acts and updates, and its memory.
+    """
+    import torch
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.flop_counter import FlopCounterMode
 
     module, simulating, totals = __import__(script.removesuffix(".py")), [0.0], []
+    counter = FlopCounterMode(display=False)
 
     def timed(make):
         def make_timed(*args, **kwargs):
@@ -127,21 +132,38 @@ def script_row(script: str, flags: list[str]):
     name = "make_trial_envs" if hasattr(module, "make_trial_envs") else "make_envs"
     setattr(module, name, timed(getattr(module, name)))
     log = module.Run.log
-    module.Run.log = lambda run, *args: (totals.append(simulating[0]), log(run, *args))
+
+    def timed_log(run, *args):
+        totals.append(simulating[0])
+        if len(totals) == 2:  # the third iteration is slow: its products are counted
+            counter.__enter__()
+        if len(totals) == 3:
+            counter.__exit__(None, None, None)
+        log(run, *args)
+
+    module.Run.log = timed_log
     module.main(module.parse(module.Args, flags))
     (folder,) = Path("runs").iterdir()
     events = EventAccumulator(str(folder)).Reload()
-    # without the first iteration, which warms up, and the last, which ends with a meta-test
-    collect, update = (np.array([e.value for e in events.Scalars(f"time/{x}")][1:-1]) for x in ("collect", "update"))
-    steps, simulate = np.diff([e.step for e in events.Scalars("time/collect")])[:-1], np.diff(totals)[:-1]
+    # without the first iteration, which warms up, the third, and the last, which ends with a meta-test
+    timed = [1, *range(3, len(totals) - 1)]
+    collect, update = (np.array([e.value for e in events.Scalars(f"time/{x}")])[timed] for x in ("collect", "update"))
+    steps, simulate = (np.diff(x, prepend=0)[timed] for x in ([e.step for e in events.Scalars("time/collect")], totals))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
     seconds = " | ".join(f"{np.median(x):.3f}" for x in (collect - simulate, simulate, update, collect + update))
-    print(f"{seconds} | {np.median(steps / (collect + update)):,.0f} | {memory:.2f} |")
+    speed = counter.get_total_flops() / np.median(collect - simulate + update) / 1e9
+    a, products = torch.randn(1024, 1024), []
+    for _ in range(20):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        products.append(2 * 1024**3 / (time.perf_counter() - start) / 1e9)
+    share = f"{speed:.0f} GFLOP/s, {speed / np.median(products):.0%}"
+    print(f"{seconds} | {np.median(steps / (collect + update)):,.0f} | {share} | {memory:.2f} |")
 
 
 def scripts_table(iterations: int, flags: list[str]):
-    print("| script | act, s | simulate, s | update, s | iteration, s | steps/s | peak memory, GB |")
-    print("|-|-|-|-|-|-|-|", flush=True)
+    print("| script | act, s | simulate, s | update, s | iteration, s | steps/s | products, share of torch.mm | peak memory, GB |")
+    print("|-|-|-|-|-|-|-|-|", flush=True)
     for script, own, steps in SCRIPTS:
         given = [*own.split(), "--total-timesteps", str(iterations * steps), "--eval-every", "1000000", *flags]
         command = [sys.executable, __file__, "row", script, *given]
