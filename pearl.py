@@ -130,7 +130,7 @@ class Args:
     """whether the context has the next observation (unset: where the dynamics vary)"""
     replay_size: int | None = None
     """transitions kept per task, the oldest are overwritten (unset: enough for the whole run)"""
-    latent_size: int = 5
+    latent_size: int | None = None
     """Z, dimensions of z"""
     hidden_size: int | None = None
     """units in each of the three hidden layers of actor and critics"""
@@ -178,16 +178,16 @@ PAPER = {  # the configurations of the authors' code, katerakelly/oyster
 }  # "": all other families, HalfCheetahVel-v0 among them
 CPU = {
     "HalfCheetahDir-v0":       (2,  2, 2, 2000, 1000,   0, 1000,  400, 256,  256, 0.99,   5.0, 0.2, 2,   400_000),
-    "PointRobot-v0":         (80, 16, 16,  200,   60,   0,   60,  500,  64,   40, 0.90,  1.0, 1e-4, 1,   400_000),
+    "PointRobot-v0":         (80, 16, 16,  200,   60,   0,   60,  200,  64,   40, 0.90,  1.0, 1e-5, 1, 1_000_000),
     "SparsePointRobot-v0":    (40, 10, 10, 200,  100, 300,    0,  200,  64,  400, 0.90,  1.0, 1e-4, 15, 1_200_000),
     "":                      (100, 16, 5, 2000,  400,   0,  600,  500,  64,  100, 0.99,   5.0, 0.1, 2,   500_000),
 }
 # fmt: on
 # what the tables do not have: the same for all families, but for two of --preset cpu (docs/pearl.md#presets says why)
 COMMON = {"context_segment": 1, "context_window": 0, "temperature": 1.0, "regularization": 1e-3, "anneal": False}
-COMMON |= {"warmup_iterations": 0}
+COMMON |= {"warmup_iterations": 0, "latent_size": 5}
 CPU_SPECIAL = {name: {"context_segment": 20, "temperature": 0.01} for name in ("PointRobot-v0", "SparsePointRobot-v0")}
-CPU_SPECIAL["PointRobot-v0"] |= {"context_window": 400, "encoder_size": 128, "anneal": True}
+CPU_SPECIAL["PointRobot-v0"] |= {"context_window": 1000, "encoder_size": 128, "latent_size": 8, "anneal": True}
 CPU_SPECIAL["SparsePointRobot-v0"] |= {"context_window": 1600, "encoder_size": 32, "regularization": 1e-5}
 CPU_SPECIAL["SparsePointRobot-v0"] |= {"warmup_iterations": 43}
 

@@ -162,8 +162,9 @@ def script_row(script: str, flags: list[str]):
 
 
 def scripts_table(iterations: int, flags: list[str]):
-    print("| script | act, s | simulate, s | update, s | iteration, s | steps/s | products, share of torch.mm | peak memory, GB |")
-    print("|-|-|-|-|-|-|-|-|", flush=True)
+    columns = ["script", "act, s", "simulate, s", "update, s", "iteration, s", "steps/s"]
+    columns += ["matrix products, share of torch.mm", "peak memory, GB"]
+    print(f"| {' | '.join(columns)} |\n|{'-|' * len(columns)}", flush=True)
     for script, own, steps in SCRIPTS:
         given = [*own.split(), "--total-timesteps", str(iterations * steps), "--eval-every", "1000000", *flags]
         command = [sys.executable, __file__, "row", script, *given]

@@ -5,6 +5,7 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, TINY, to_argv
 
 
@@ -16,6 +17,7 @@ def load_module(name):
 
 
 plot, run, per_task = load_module("plot"), load_module("run"), load_module("per_task")
+pearl_contexts = load_module("pearl_contexts")
 
 
 @pytest.fixture
@@ -108,3 +110,22 @@ def test_scores_per_task(tmp_path, monkeypatch, capsys):
     means = np.array([[float(cell.split(" ±")[0]) for cell in row.split(":  ")[1].split(" -> ")] for row in rows])
     returns = [value for tag, value in sorted(metrics.items()) if tag.startswith("eval/return_after")]
     assert np.allclose(means.mean(0), returns, atol=0.1)
+
+
+def test_contexts_of_pearl(train, capsys):
+    """Three different contexts, played from the same starts: an agent that is blind to its context scores the same."""
+    import pearl
+
+    def different(agent):
+        torch.save(checkpoint | {"agent": agent}, folder / "checkpoint.pt")
+        pearl_contexts.main(str(folder), rounds=2)
+        rows = capsys.readouterr().out.splitlines()[-3:]
+        return len({row.split(" | ", 1)[1] for row in rows})
+
+    folder, _ = train(pearl)
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    agent = checkpoint["agent"] | {"actor.weights.3": 1000 * checkpoint["agent"]["actor.weights.3"]}  # it goes places
+    assert different(agent) == 3
+    first = "actor.weights.0"
+    blind = torch.cat([agent[first][:, :2], 0 * agent[first][:, 2:]], 1)  # obs are two numbers, then comes z
+    assert different(agent | {first: blind}) == 1
