@@ -135,9 +135,9 @@ def script_row(script: str, flags: list[str]):
 
     def timed_log(run, *args):
         totals.append(simulating[0])
-        if len(totals) == 2:  # the third iteration is slow: its products are counted
+        if len(totals) == 5:  # the sixth iteration is slow: its products are counted; PEARL has gradient steps by then
             counter.__enter__()
-        if len(totals) == 3:
+        if len(totals) == 6:
             counter.__exit__(None, None, None)
         log(run, *args)
 
@@ -145,8 +145,8 @@ def script_row(script: str, flags: list[str]):
     module.main(module.parse(module.Args, flags))
     (folder,) = Path("runs").iterdir()
     events = EventAccumulator(str(folder)).Reload()
-    # without the first iteration, which warms up, the third, and the last, which ends with a meta-test
-    timed = [1, *range(3, len(totals) - 1)]
+    # without the first iteration, which warms up, the sixth, and the last, which ends with a meta-test
+    timed = [*range(1, 5), *range(6, len(totals) - 1)]
     collect, update = (np.array([e.value for e in events.Scalars(f"time/{x}")])[timed] for x in ("collect", "update"))
     steps, simulate = (np.diff(x, prepend=0)[timed] for x in ([e.step for e in events.Scalars("time/collect")], totals))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
