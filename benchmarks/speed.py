@@ -239,6 +239,8 @@ def main():
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--threads", type=int, default=0)
     args, flags = parser.parse_known_args()
+    if args.iterations < 8:
+        parser.error("--iterations: at least 8, of which the first, the sixth and the last are not timed")
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
     if args.what == "envs":
         envs_table(args.lanes, args.rounds)
