@@ -153,10 +153,11 @@ class Agent(nn.Module):
 
     Box: the policy's outputs are mean and log std, D = 2A, the log std independent of the input; an action is fed back
     as it acted, clipped to [-1, 1]. Discrete: n logits, D = n; an action is fed back as one-hot. State: (1, N, H), or
-    (2, N, H) with a second GRU for the value.
+    (2, N, H) with a second GRU for the value. At first the inputs' share of the gates has variance 1, and the units'
+    memories reach from one step to the trial_length (Tallec and Ollivier 2018, arXiv 1804.11188).
     """
 
-    def __init__(self, obs_size: int, action_space: gym.Space, hidden_size: int, separate_value=False, init_std=1.0):
+    def __init__(self, obs_size, action_space, trial_length, hidden_size, separate_value=False, init_std=1.0):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_size = int(action_space.n) if self.discrete else action_space.shape[0]
@@ -165,13 +166,15 @@ class Agent(nn.Module):
             nn.GRU(self.input_size, hidden_size, batch_first=True) for _ in range(1 + separate_value)
         )
         self.actor, self.critic = nn.Linear(hidden_size, self.action_size), nn.Linear(hidden_size, 1)
+        active = obs_size + (1 if self.discrete else self.action_size) + 2  # squared norm of an input, about
+        memory = torch.linspace(1, max(1, trial_length - 1), hidden_size)  # how many steps a unit remembers
         for gru in self.grus:
-            nn.init.xavier_uniform_(gru.weight_ih_l0)
+            nn.init.normal_(gru.weight_ih_l0, std=active**-0.5)
             for gate in gru.weight_hh_l0.detach().chunk(3):
                 nn.init.orthogonal_(gate)
             nn.init.zeros_(gru.bias_ih_l0)
             nn.init.zeros_(gru.bias_hh_l0)
-            gru.bias_hh_l0.detach()[hidden_size : 2 * hidden_size] = 1  # the update gate's: keeps more of h
+            gru.bias_hh_l0.detach()[hidden_size : 2 * hidden_size] = memory.log()  # the update gate's
         nn.init.orthogonal_(self.actor.weight, 0.01)
         nn.init.zeros_(self.actor.bias)
         if not self.discrete:
@@ -356,7 +359,8 @@ def main(args: Args) -> dict[str, float]:
         require_sparse_reward(envs, test_tasks[:1])
 
     obs_size, action_space = envs.single_observation_space.shape[0], envs.single_action_space
-    agent = Agent(obs_size, action_space, args.hidden_size, args.separate_value, args.init_std).to(device)
+    sizes = (horizon * episodes, args.hidden_size)
+    agent = Agent(obs_size, action_space, *sizes, args.separate_value, args.init_std).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
