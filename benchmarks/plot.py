@@ -144,7 +144,9 @@ def families(png: str, paths: list[str]):
     everyone = sorted({label for labels in panels.values() for label in labels})
     for axes, (family, labels) in zip(row[0], panels.items(), strict=True):
         draw(axes, labels, everyone)
-        axes.set(title=family)
+        low, high = np.percentile(np.concatenate([line.get_ydata() for line in axes.lines]), [25, 75])
+        bottom = max(axes.get_ylim()[0], low - 5 * (high - low))  # one bad test would flatten all lines
+        axes.set(title=family, ylim=(bottom, None))
         axes.legend(frameon=False, fontsize="small")
     row[0, 0].set(ylabel="return on held-out tasks, adapted")
     save(fig, png)
