@@ -167,14 +167,14 @@ class Agent(nn.Module):
         )
         self.actor, self.critic = nn.Linear(hidden_size, self.action_size), nn.Linear(hidden_size, 1)
         active = obs_size + (1 if self.discrete else self.action_size) + 2  # squared norm of an input, about
-        memory = torch.linspace(1, max(1, trial_length - 1), hidden_size)  # how many steps a unit remembers
+        memory = torch.linspace(1, max(1, trial_length - 1), hidden_size)  # m, steps that a unit remembers
         for gru in self.grus:
             nn.init.normal_(gru.weight_ih_l0, std=active**-0.5)
             for gate in gru.weight_hh_l0.detach().chunk(3):
                 nn.init.orthogonal_(gate)
             nn.init.zeros_(gru.bias_ih_l0)
             nn.init.zeros_(gru.bias_hh_l0)
-            gru.bias_hh_l0.detach()[hidden_size : 2 * hidden_size] = memory.log()  # the update gate's
+            gru.bias_hh_l0.detach()[hidden_size : 2 * hidden_size] = memory.log()  # update gate: keeps m / (m + 1)
         nn.init.orthogonal_(self.actor.weight, 0.01)
         nn.init.zeros_(self.actor.bias)
         if not self.discrete:
@@ -976,10 +976,8 @@ class TabularMDPEnvs(TaskEnvs):
         return np.eye(10)[self.state], {}
 
     def step(self, actions: np.ndarray):
-        noise, draws = (
-            self.rng.normal(size=self.total_lanes)[self.lanes],
-            self.rng.uniform(size=self.total_lanes)[self.lanes],
-        )
+        noise = self.rng.normal(size=self.total_lanes)[self.lanes]
+        draws = self.rng.uniform(size=self.total_lanes)[self.lanes]
         pair, lanes, never = 5 * self.state + actions, np.arange(self.num_envs), np.zeros(self.num_envs, bool)
         rewards = self.tasks[lanes, pair] + noise
         transition = self.tasks[:, 50:].reshape(-1, 50, 10)[lanes, pair]
