@@ -148,13 +148,27 @@ def with_defaults(args: Args) -> Args:
 # --------------------------------------------------------------------------------------------------------- the network
 
 
+def initialise(gru: nn.GRU, active: int, trial_length: int):
+    """Weights that let what is seen into the state, and keep it there.
+
+    The inputs' share of each gate has variance 1, where `active` is the squared norm of an input. The units' memories
+    reach from one step to the trial_length (Tallec and Ollivier 2018, arXiv 1804.11188).
+    """
+    nn.init.normal_(gru.weight_ih_l0, std=active**-0.5)
+    for gate in gru.weight_hh_l0.detach().chunk(3):
+        nn.init.orthogonal_(gate)
+    nn.init.zeros_(gru.bias_ih_l0)
+    nn.init.zeros_(gru.bias_hh_l0)
+    memory = torch.linspace(1, max(1, trial_length - 1), gru.hidden_size)  # m, steps that a unit remembers
+    gru.bias_hh_l0.detach()[gru.hidden_size : 2 * gru.hidden_size] = memory.log()  # update gate: keeps m / (m + 1)
+
+
 class Agent(nn.Module):
     """A GRU with a linear policy and value on top. An input is (o_t, a_{t-1}, r_{t-1}, d_{t-1}), X numbers.
 
     Box: the policy's outputs are mean and log std, D = 2A, the log std independent of the input; an action is fed back
     as it acted, clipped to [-1, 1]. Discrete: n logits, D = n; an action is fed back as one-hot. State: (1, N, H), or
-    (2, N, H) with a second GRU for the value. At first the inputs' share of the gates has variance 1, and the units'
-    memories reach from one step to the trial_length (Tallec and Ollivier 2018, arXiv 1804.11188).
+    (2, N, H) with a second GRU for the value.
     """
 
     def __init__(self, obs_size, action_space, trial_length, hidden_size, separate_value=False, init_std=1.0):
@@ -167,14 +181,8 @@ class Agent(nn.Module):
         )
         self.actor, self.critic = nn.Linear(hidden_size, self.action_size), nn.Linear(hidden_size, 1)
         active = obs_size + (1 if self.discrete else self.action_size) + 2  # squared norm of an input, about
-        memory = torch.linspace(1, max(1, trial_length - 1), hidden_size)  # m, steps that a unit remembers
         for gru in self.grus:
-            nn.init.normal_(gru.weight_ih_l0, std=active**-0.5)
-            for gate in gru.weight_hh_l0.detach().chunk(3):
-                nn.init.orthogonal_(gate)
-            nn.init.zeros_(gru.bias_ih_l0)
-            nn.init.zeros_(gru.bias_hh_l0)
-            gru.bias_hh_l0.detach()[hidden_size : 2 * hidden_size] = memory.log()  # update gate: keeps m / (m + 1)
+            initialise(gru, active, trial_length)
         nn.init.orthogonal_(self.actor.weight, 0.01)
         nn.init.zeros_(self.actor.bias)
         if not self.discrete:
