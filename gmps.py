@@ -978,7 +978,7 @@ class Replay:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free
         if self.bytes > free:
             size = f"{num_tasks} tasks x {capacity} steps need {self.bytes / 1e9:.1f} GB of {free / 1e9:.1f} GB"
-            fail(f"the replay does not fit, {size}: give a smaller --replay-size")
+            fail(f"the replay does not fit, {size}: give a smaller --replay-size (gmps.py: --dataset-size)")
         self.rows = torch.zeros(num_tasks * capacity, width, device=device)
         self.count = torch.zeros(num_tasks, dtype=torch.long, device=device)  # rows ever added
 
