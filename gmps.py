@@ -7,7 +7,8 @@ It can be optimised off-policy, many gradient steps on one batch of episodes. On
 
 (1) Train the expert: one SAC policy that sees the true task, on the dense reward of all training tasks. Or take a
     scripted expert, or a file of demonstrations.
-(2) Demonstrations: in every training task i the expert acts, with some noise. Its states and actions a* are D_i.
+(2) Demonstrations: in every training task i the expert acts, with some noise. Its states and actions a* are D_i. The
+    policy reads observations in the units (mean, spread) of these states.
 
 Then, round by round:
 
@@ -160,8 +161,8 @@ class Args:
 class Policy(nn.Module):
     """Two ReLU layers to mean and log std of the actions: obs (..., O) -> (..., 2A).
 
-    They also read the parameters `bias`, the same for all observations (the paper's bias transformation). The log std
-    does not depend on the observation.
+    They read observations in the units of the demonstrations, and the parameters `bias`, the same for all observations
+    (the paper's bias transformation). The log std does not depend on the observation.
     """
 
     def __init__(self, obs_size: int, action_size: int, hidden_size: int, bias_size: int, init_std: float):
@@ -173,8 +174,19 @@ class Policy(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.log_std = nn.Parameter(torch.full((action_size,), math.log(init_std)))
+        self.register_buffer("obs_mean", torch.zeros(obs_size))
+        self.register_buffer("obs_std", torch.ones(obs_size))
+
+    @torch.no_grad()
+    def measure(self, obs: torch.Tensor):
+        """The mean and spread of obs (B, O), those of other ranks included, become the units of the input."""
+        count = all_reduce(obs.new_tensor(len(obs)))
+        self.obs_mean.copy_(all_reduce(obs.sum(0)) / count)
+        std = (all_reduce((obs - self.obs_mean).square().sum(0)) / count).sqrt()
+        self.obs_std.copy_(torch.where(std > 1e-3, std, 1))
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        obs = ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10)
         mean = self.net(torch.cat([obs, self.bias.expand(*obs.shape[:-1], -1)], -1))
         return torch.cat([mean, self.log_std.clamp(min=math.log(1e-6)).expand_as(mean)], -1)
 
@@ -463,7 +475,9 @@ def main(args: Args) -> dict[str, float]:
         fail(f"--dataset-size {args.dataset_size}: less than the {at_once} states of a task that are added at once")
 
     # meta-parameters: θ, and α for each of those that the inner step changes
-    policy = Policy(obs_size, action_size, args.hidden_size, args.bias_size, args.init_std)
+    policy = Policy(obs_size, action_size, args.hidden_size, args.bias_size, args.init_std).to(device)
+    if checkpoint:
+        policy.load_state_dict(checkpoint["units"], strict=False)
     meta = {name: p.detach() for name, p in policy.named_parameters()}
     adapted = {"all": list(meta), "bias": ["bias"], "none": []}[args.adapt]
     meta |= {f"lr.{name}": torch.full_like(meta[name], args.inner_lr) for name in adapted}
@@ -500,6 +514,7 @@ def main(args: Args) -> dict[str, float]:
         demonstrate = partial(episodes, tasks=train_tasks[own], envs=expert_envs, horizon=horizon, device=device)
     elif not checkpoint:
         data.add(ids, tensor(rows[own]), tensor(mask[own]))
+        policy.measure(data.rows[data.filled(), :obs_size])
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         data.load(checkpoint["data"])
@@ -508,7 +523,7 @@ def main(args: Args) -> dict[str, float]:
 
     def state():
         saved = {"meta": {name: p.detach() for name, p in meta.items()}, "optimizer": optimizer.state_dict()}
-        saved |= {"tasks": torch.from_numpy(train_tasks), "data": data.state()}
+        saved |= {"units": dict(policy.named_buffers()), "tasks": torch.from_numpy(train_tasks), "data": data.state()}
         return saved | ({"sac": sac.state()} if args.expert == "sac" else {})
 
     with closing(Run(args, global_step)) as run:
@@ -531,6 +546,7 @@ def main(args: Args) -> dict[str, float]:
                 batch = demonstrate(lambda obs, noise: act(obs, lane_tasks) + args.expert_noise * noise, rng=rng(1))
                 batch["labels"], collected = label(batch, own_tasks, act), time.perf_counter()
                 add_rows(data, ids, batch, ["obs", "labels"])
+                policy.measure(data.rows[data.filled(), :obs_size])
                 if args.expert == "sac":
                     sac.replay.count.zero_()  # no longer needed, nor saved
                 global_step += int(all_reduce(batch["mask"].sum()))

@@ -1,5 +1,6 @@
 """gmps.py: its mathematics against closed forms, plain loops and finite differences, its experts and bookkeeping."""
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -338,6 +339,18 @@ def test_the_expert_sees_the_task():
     assert (noisy.abs() <= 1).all() and not torch.allclose(noisy, agent.mean_action(obs, tasks))
 
 
+def test_the_units_of_observations(double):
+    """The policy reads them less their mean and over their spread, within 10; a constant one keeps its unit."""
+    policy, obs = module.Policy(3, 2, 6, 3, 0.8), torch.randn(50, 3) * 5 + 2
+    obs[:, 2] = 4
+    plain = copy.deepcopy(policy)  # its units are 1
+    policy.measure(obs)
+    scaled = (obs - obs.mean(0)) / torch.tensor([*obs[:, :2].std(0, correction=0), 1])
+    torch.testing.assert_close(policy(obs), plain(scaled))
+    far = torch.full((1, 3), 1e6)
+    torch.testing.assert_close(policy(far), plain(torch.full((1, 3), 10.0)))
+
+
 def test_scripted_experts():
     """Straight to the goal on the point families; a user's expert_action is called for valid states only."""
     for env_id in ("PointRobot-v0", "SparsePointRobot-v0", "Navigation2D-v0"):
@@ -402,6 +415,9 @@ def test_demonstrations_from_a_file(train, tmp_path):
     assert state["global_step"] == 160 and state["iteration"] == 2  # of 80 each: nobody to ask, so no DAgger
     assert state["data"]["count"].tolist() == [3, 2, 1, 1] and "sac" not in state
     np.testing.assert_array_equal(state["tasks"], arrays["tasks"])
+    units = np.stack([state["units"]["obs_mean"], state["units"]["obs_std"]])
+    obs = arrays["observations"]
+    np.testing.assert_allclose(units, [obs.mean(0), obs.std(0)], rtol=1e-5)
     assert "charts/episodic_return" not in metrics and "charts/pre_adaptation_return" in metrics
     (tmp_path / "demos.npz").unlink()
     train(module, resume=folder, total_timesteps=161)
