@@ -24,8 +24,7 @@ Train:     python gmps.py
 Resume:    python gmps.py --resume runs/NAME
 Evaluate:  python gmps.py --evaluate runs/NAME
 
-Differs from the paper in: two layers of 64 units (100), minibatches of D_i, DAgger before a round's Adam
-steps, on the episodes of the same round. The whole list: docs/gmps.md.
+Differs from the paper in the policy's size and input, minibatches of D_i, DAgger's place in a round: docs/gmps.md.
 """
 
 from __future__ import annotations
@@ -476,8 +475,7 @@ def main(args: Args) -> dict[str, float]:
 
     # meta-parameters: θ, and α for each of those that the inner step changes
     policy = Policy(obs_size, action_size, args.hidden_size, args.bias_size, args.init_std).to(device)
-    if checkpoint:
-        policy.load_state_dict(checkpoint["units"], strict=False)
+    policy.load_state_dict(checkpoint.get("units", {}), strict=False)
     meta = {name: p.detach() for name, p in policy.named_parameters()}
     adapted = {"all": list(meta), "bias": ["bias"], "none": []}[args.adapt]
     meta |= {f"lr.{name}": torch.full_like(meta[name], args.inner_lr) for name in adapted}
@@ -1047,7 +1045,7 @@ def join(x: torch.Tensor) -> torch.Tensor:
 # >>> shared: run
 
 MAY_BE_ZERO = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps"}
-MAY_BE_ZERO |= {"gae_lambda", "cg_damping", "ent_coef"}
+MAY_BE_ZERO |= {"gae_lambda", "cg_damping", "ent_coef", "embedding_size"}
 MAY_BE_ZERO |= {"bias_size", "expert_noise", "importance_clip"}
 MAY_BE_ZERO |= {"init_mu_std"}
 MAY_BE_ZERO |= {"posterior_steps", "extra_steps", "warmup_iterations", "kl_weight", "regularization", "context_window"}

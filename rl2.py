@@ -103,6 +103,8 @@ class Args:
 
     hidden_size: int = 64
     """units of the recurrent layer"""
+    embedding_size: int | None = None
+    """units of a layer before and one after the recurrent one (0: none; unset: 128 on TabularMDP-v0, 0 elsewhere)"""
     init_std: float = 1.0
     """standard deviation of the actions before training, of [-1, 1]"""
     separate_value: bool = False
@@ -133,6 +135,7 @@ UNSET = {  # what a flag is if it is not given: on bandits, on TabularMDP-v0, el
     "meta_batch_size": (1000, 500, 100),
     "episodes_per_task": (1, 10, 2),
     "num_test_tasks": (20_000, 20_000, 40),
+    "embedding_size": (0, 128, 0),
     "gae_lambda": (0.3, 0.3, 0.95),
 }
 
@@ -148,41 +151,70 @@ def with_defaults(args: Args) -> Args:
 # --------------------------------------------------------------------------------------------------------- the network
 
 
-def initialise(gru: nn.GRU, active: int, trial_length: int):
-    """Weights that let what is seen into the state, and keep it there.
+class Memory(nn.Module):
+    """A GRU: inputs (N, S, X) and the state before them (1, N, H) -> features (N, S, F) and the state after them.
 
-    The inputs' share of each gate has variance 1, where `active` is the squared norm of an input. The units' memories
-    reach from one step to the trial_length (Tallec and Ollivier 2018, arXiv 1804.11188).
+    F = H; or, with embedding_size, a ReLU layer of F = embedding_size units before the GRU, which combines what a step
+    brings, and one after it, which combines what is remembered with what is seen.
     """
-    nn.init.normal_(gru.weight_ih_l0, std=active**-0.5)
-    for gate in gru.weight_hh_l0.detach().chunk(3):
-        nn.init.orthogonal_(gate)
-    nn.init.zeros_(gru.bias_ih_l0)
-    nn.init.zeros_(gru.bias_hh_l0)
-    memory = torch.linspace(1, max(1, trial_length - 1), gru.hidden_size)  # m, steps that a unit remembers
-    gru.bias_hh_l0.detach()[gru.hidden_size : 2 * gru.hidden_size] = memory.log()  # update gate: keeps m / (m + 1)
+
+    def __init__(self, input_size: int, hidden_size: int, embedding_size: int):
+        super().__init__()
+        self.gru = nn.GRU(embedding_size or input_size, hidden_size, batch_first=True)
+        self.embedding = nn.Sequential(nn.Linear(input_size, embedding_size), nn.ReLU()) if embedding_size else None
+        self.reader = (
+            nn.Sequential(nn.Linear(hidden_size + input_size, embedding_size), nn.ReLU()) if embedding_size else None
+        )
+
+    def initialise(self, active: int, trial_length: int):
+        """Weights that let what is seen into the state, and keep it there; `active`: squared norm of an input, about.
+
+        The inputs' share of each gate has variance 1. The units' memories reach from one step to the trial_length
+        (Tallec and Ollivier 2018, arXiv 1804.11188).
+        """
+        gru, size = self.gru, self.gru.hidden_size
+        if self.embedding:
+            nn.init.normal_(self.embedding[0].weight, std=2 * active**-0.5)  # mean square of its outputs: 2
+            active = self.embedding[0].out_features
+        nn.init.normal_(gru.weight_ih_l0, std=active**-0.5)
+        for gate in gru.weight_hh_l0.detach().chunk(3):
+            nn.init.orthogonal_(gate)
+        nn.init.zeros_(gru.bias_ih_l0)
+        nn.init.zeros_(gru.bias_hh_l0)
+        memory = torch.linspace(1, max(1, trial_length - 1), size)  # m, steps that a unit remembers
+        gru.bias_hh_l0.detach()[size : 2 * size] = memory.log()  # update gate: keeps m / (m + 1)
+
+    def forward(self, inputs: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.embedding:
+            return self.gru(inputs, state)
+        features, state = self.gru(self.embedding(inputs), state)
+        return self.reader(torch.cat([features, inputs], -1)), state
 
 
 class Agent(nn.Module):
-    """A GRU with a linear policy and value on top. An input is (o_t, a_{t-1}, r_{t-1}, d_{t-1}), X numbers.
+    """A recurrent net with a linear policy and value on top. An input is (o_t, a_{t-1}, r_{t-1}, d_{t-1}), X numbers;
+    with embedding_size it has o_{t-1} as well, so that the embedding sees the last step whole.
 
     Box: the policy's outputs are mean and log std, D = 2A, the log std independent of the input; an action is fed back
     as it acted, clipped to [-1, 1]. Discrete: n logits, D = n; an action is fed back as one-hot. State: (1, N, H), or
-    (2, N, H) with a second GRU for the value.
+    (2, N, H) with a second net for the value.
     """
 
-    def __init__(self, obs_size, action_space, trial_length, hidden_size, separate_value=False, init_std=1.0):
+    def __init__(
+        self, obs_size, action_space, trial_length, hidden_size, separate_value=False, init_std=1.0, embedding_size=0
+    ):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_size = int(action_space.n) if self.discrete else action_space.shape[0]
-        self.input_size = obs_size + self.action_size + 2
-        self.grus = nn.ModuleList(
-            nn.GRU(self.input_size, hidden_size, batch_first=True) for _ in range(1 + separate_value)
-        )
-        self.actor, self.critic = nn.Linear(hidden_size, self.action_size), nn.Linear(hidden_size, 1)
-        active = obs_size + (1 if self.discrete else self.action_size) + 2  # squared norm of an input, about
-        for gru in self.grus:
-            initialise(gru, active, trial_length)
+        self.last_obs_size = obs_size if embedding_size else 0  # numbers of o_{t-1} in an input
+        self.input_size = obs_size + self.action_size + 2 + self.last_obs_size
+        sizes = (self.input_size, hidden_size, embedding_size)
+        self.memories = nn.ModuleList(Memory(*sizes) for _ in range(1 + separate_value))
+        features = embedding_size or hidden_size
+        self.actor, self.critic = nn.Linear(features, self.action_size), nn.Linear(features, 1)
+        active = obs_size + (1 if self.discrete else self.action_size) + 2 + self.last_obs_size
+        for memory in self.memories:
+            memory.initialise(active, trial_length)
         nn.init.orthogonal_(self.actor.weight, 0.01)
         nn.init.zeros_(self.actor.bias)
         if not self.discrete:
@@ -193,11 +225,12 @@ class Agent(nn.Module):
         self.register_buffer("value_std", torch.ones(()))
 
     def initial_state(self, n: int) -> torch.Tensor:
-        return self.actor.weight.new_zeros(len(self.grus), n, self.actor.in_features)
+        return self.actor.weight.new_zeros(len(self.memories), n, self.memories[0].gru.hidden_size)
 
     def forward(self, inputs: torch.Tensor, state: torch.Tensor):
         """inputs (N, S, X), state before them -> dist (N, S, D), values (N, S), state after them."""
-        features, states = zip(*(gru(inputs, h[None]) for gru, h in zip(self.grus, state, strict=True)), strict=True)
+        pairs = (memory(inputs, h[None]) for memory, h in zip(self.memories, state, strict=True))
+        features, states = zip(*pairs, strict=True)
         out, values = self.actor(features[0]), self.critic(features[-1]).squeeze(-1) * self.value_std + self.value_mean
         return out if self.discrete else torch.cat([out, self.log_std.expand_as(out)], -1), values, torch.cat(states)
 
@@ -235,7 +268,7 @@ def collect(agent, tasks, rng, envs, episodes, horizon, reward, deterministic=Fa
     n, like = len(tasks), agent.actor.weight
     tensor = partial(torch.as_tensor, dtype=like.dtype, device=like.device)
     draw = rng.gumbel if agent.discrete else rng.normal
-    state, last = agent.initial_state(n), like.new_zeros(n, agent.action_size + 2)
+    state, last = agent.initial_state(n), like.new_zeros(n, agent.action_size + 2 + agent.last_obs_size)
     steps, scores = {}, {"return": np.zeros((n, episodes)), "length": np.zeros((n, episodes))}
     for episode in range(episodes):
         obs, _ = envs.reset(seed=int(rng.integers(2**31)), options={"task": tasks})
@@ -260,7 +293,8 @@ def collect(agent, tasks, rng, envs, episodes, horizon, reward, deterministic=Fa
 
             # a lane whose episode has ended waits for the others, and its hidden state stays as it is
             ended = terminated | truncated | (t + 1 == horizon) | info.get("episode_end", False)
-            news = torch.cat([agent.feedback(actions), tensor(rewards)[:, None], tensor(ended)[:, None]], -1)
+            news = [agent.feedback(actions), tensor(rewards)[:, None], tensor(ended)[:, None]]
+            news = torch.cat([*news, inputs[:, : agent.last_obs_size]], -1)
             awake = torch.as_tensor(alive, device=like.device)[:, None]
             state, last = torch.where(awake, new_state, state), torch.where(awake, news, last)
             alive = alive & ~(terminated | truncated)
@@ -367,8 +401,8 @@ def main(args: Args) -> dict[str, float]:
         require_sparse_reward(envs, test_tasks[:1])
 
     obs_size, action_space = envs.single_observation_space.shape[0], envs.single_action_space
-    sizes = (horizon * episodes, args.hidden_size)
-    agent = Agent(obs_size, action_space, *sizes, args.separate_value, args.init_std).to(device)
+    sizes, options = (horizon * episodes, args.hidden_size), (args.separate_value, args.init_std, args.embedding_size)
+    agent = Agent(obs_size, action_space, *sizes, *options).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])
@@ -733,7 +767,7 @@ def episode_scores(batch) -> dict[str, torch.Tensor]:
 # >>> shared: run
 
 MAY_BE_ZERO = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps"}
-MAY_BE_ZERO |= {"gae_lambda", "cg_damping", "ent_coef"}
+MAY_BE_ZERO |= {"gae_lambda", "cg_damping", "ent_coef", "embedding_size"}
 MAY_BE_ZERO |= {"bias_size", "expert_noise", "importance_clip"}
 MAY_BE_ZERO |= {"init_mu_std"}
 MAY_BE_ZERO |= {"posterior_steps", "extra_steps", "warmup_iterations", "kl_weight", "regularization", "context_window"}

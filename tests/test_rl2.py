@@ -85,7 +85,7 @@ def test_the_sequence_pass_repeats_what_acted(env_id, separate_value):
     """From h = 0 through the whole trial: the first minibatch's ratios are 1, and the values those acted with."""
     agent, batch, _ = play(env_id, separate_value=separate_value)
     calls = []
-    hooks = [gru.register_forward_hook(lambda _, args, __: calls.append(args[0].shape)) for gru in agent.grus]
+    hooks = [gru.register_forward_hook(lambda _, args, __: calls.append(args[0].shape)) for gru in agent.memories]
     dist, values, _ = agent(batch["inputs"], agent.initial_state(6))
     valid = batch["mask"] == 1
     logprobs = agent.distribution(dist).log_prob(batch["actions"])
@@ -181,7 +181,7 @@ def test_moments_of_the_valid_steps():
 def test_the_initial_weights():
     """Gates start with a unit variance from standardised inputs; units forget over 1 step, 2, … and the trial."""
     for space, width in ((BOX, 4), (Discrete(6), 1)):
-        (gru,) = (agent := Agent(10, space, 50, 64)).grus
+        gru = (agent := Agent(10, space, 50, 64)).memories[0].gru
         inputs = torch.randn(1000, agent.input_size)
         inputs[:, 10:-2] = agent.feedback(torch.randint(6, (1000,)) if agent.discrete else torch.ones(1000, width))
         inputs[:, -2:] = 1
@@ -220,7 +220,7 @@ def test_the_units_of_observations_and_values(train):
     starts = batch["inputs"][:, 0, :2]
     torch.testing.assert_close(scaled["inputs"][:, 0, 0], (starts[:, 0] - 1) / 3)
     assert (scaled["inputs"][:, 0, 1] == -10).all()
-    features = agent.grus[0](scaled["inputs"])[0]
+    features = agent.memories[0].gru(scaled["inputs"])[0]
     torch.testing.assert_close(scaled["values"], 5 + 7 * agent.critic(features).squeeze(-1))
 
 
@@ -288,7 +288,7 @@ def test_a_value_net_of_its_own():
     for weight, moved, at_rest in ((0, 1, 0), (1, 0, 1)):  # the value error alone, and all but the value error
         weighted = batch | {"advantages": batch["advantages"] * weight}
         loss, _ = ppo_loss(agent, weighted, 1, clip_coef=0.2, vf_coef=1 - weight, ent_coef=weight)
-        grads = [torch.autograd.grad(loss, list(gru.parameters()), retain_graph=True) for gru in agent.grus]
+        grads = [torch.autograd.grad(loss, list(gru.parameters()), retain_graph=True) for gru in agent.memories]
         assert all((g == 0).all() for g in grads[at_rest]) and all((g != 0).any() for g in grads[moved])
 
 
