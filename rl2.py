@@ -20,7 +20,8 @@ Resume:    python rl2.py --resume runs/NAME
 Evaluate:  python rl2.py --evaluate runs/NAME
 
 Differs from the paper in: PPO (the paper: TRPO), policy and value on one recurrent net (--separate-value: on two), a
-smaller net, and a first iteration that only measures the units of observations and values. The list: docs/rl2.md.
+smaller net, on TabularMDP-v0 with a layer before and after the recurrent one, and a first iteration that only measures
+the units of observations and values. The list: docs/rl2.md.
 """
 
 from __future__ import annotations
@@ -161,16 +162,16 @@ class Memory(nn.Module):
     def __init__(self, input_size: int, hidden_size: int, embedding_size: int):
         super().__init__()
         self.gru = nn.GRU(embedding_size or input_size, hidden_size, batch_first=True)
-        self.embedding = nn.Sequential(nn.Linear(input_size, embedding_size), nn.ReLU()) if embedding_size else None
-        self.reader = (
-            nn.Sequential(nn.Linear(hidden_size + input_size, embedding_size), nn.ReLU()) if embedding_size else None
-        )
+        self.embedding = self.reader = None
+        if embedding_size:
+            self.embedding = nn.Sequential(nn.Linear(input_size, embedding_size), nn.ReLU())
+            self.reader = nn.Sequential(nn.Linear(hidden_size + input_size, embedding_size), nn.ReLU())
 
     def initialise(self, active: int, trial_length: int):
         """Weights that let what is seen into the state, and keep it there; `active`: squared norm of an input, about.
 
-        The inputs' share of each gate has variance 1. The units' memories reach from one step to the trial_length
-        (Tallec and Ollivier 2018, arXiv 1804.11188).
+        The inputs' share of each gate has variance 1, with an embedding 2. The units' memories reach from one step to
+        the trial_length (Tallec and Ollivier 2018, arXiv 1804.11188).
         """
         gru, size = self.gru, self.gru.hidden_size
         if self.embedding:
@@ -192,9 +193,9 @@ class Memory(nn.Module):
 
 
 class Agent(nn.Module):
-    """A recurrent net with a linear policy and value on top. An input is (o_t, a_{t-1}, r_{t-1}, d_{t-1}), X numbers;
-    with embedding_size it has o_{t-1} as well, so that the embedding sees the last step whole.
+    """A recurrent net with a linear policy and value on top.
 
+    An input is (o_t, a_{t-1}, r_{t-1}, d_{t-1}), X numbers; for an embedding o_{t-1} too, the last step as a whole.
     Box: the policy's outputs are mean and log std, D = 2A, the log std independent of the input; an action is fed back
     as it acted, clipped to [-1, 1]. Discrete: n logits, D = n; an action is fed back as one-hot. State: (1, N, H), or
     (2, N, H) with a second net for the value.

@@ -13,7 +13,7 @@ from rl2_references import bandit_optimum
 from torch import nn
 
 import rl2
-from rl2 import Agent, collect, evaluate, gae, keyed_rng, make_trial_envs, moments, ppo_loss, update
+from rl2 import Agent, Memory, collect, evaluate, gae, keyed_rng, make_trial_envs, moments, ppo_loss, update
 
 BOX = Box(-1, 1, (4,))
 
@@ -26,22 +26,23 @@ def double_precision():
     torch.set_default_dtype(torch.float32)
 
 
-def make_agent(envs, separate_value=False):
-    agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, 30, 8, separate_value)
+def make_agent(envs, separate_value=False, embedding_size=0):
+    obs_size, action_space = envs.single_observation_space.shape[0], envs.single_action_space
+    agent = Agent(obs_size, action_space, 30, 8, separate_value, embedding_size=embedding_size)
     for p in agent.parameters():  # as if trained: every path matters
         nn.init.normal_(p, std=0.5)
     return agent
 
 
 @torch.no_grad()
-def play(env_id, n=6, episodes=3, separate_value=False, lanes=slice(None), horizon=None, reward="dense", **flags):
+def play(env_id, n=6, episodes=3, lanes=slice(None), horizon=None, reward="dense", deterministic=False, **net):
     """An agent, and the trials that it plays; with episodes that end early in the environments of user_tasks."""
     envs = make_trial_envs(env_id, n, lanes=lanes)
     tasks = envs.sample_tasks(n, np.random.default_rng(3))[lanes]
     torch.manual_seed(0)
-    agent = make_agent(envs, separate_value)
+    agent = make_agent(envs, **net)
     rng = keyed_rng(0, "test")
-    return agent, *collect(agent, tasks, rng, envs, episodes, horizon or envs.horizon, reward, **flags)
+    return agent, *collect(agent, tasks, rng, envs, episodes, horizon or envs.horizon, reward, deterministic)
 
 
 RAGGED = ["user_tasks:Matrix-v0", "user_tasks:Discrete-v0"]
@@ -50,17 +51,25 @@ RAGGED = ["user_tasks:Matrix-v0", "user_tasks:Discrete-v0"]
 # --------------------------------------------------------------------------------------------------------------- trials
 
 
+@pytest.mark.parametrize("embedding_size", [0, 5])
 @pytest.mark.parametrize("env_id", [*RAGGED, "PointRobot-v0"])
-def test_what_the_policy_sees(env_id):
-    """The last action, reward and end at every step but the first, across the ends of episodes, with no gaps."""
-    agent, batch, scores = play(env_id)
-    obs_size = agent.input_size - agent.action_size - 2
+def test_what_the_policy_sees(env_id, embedding_size):
+    """The last action, reward and end at every step but the first, across the ends of episodes, with no gaps.
+
+    For an embedding the last observation too.
+    """
+    agent, batch, scores = play(env_id, embedding_size=embedding_size)
+    last_size = agent.action_size + 2
+    obs_size = agent.obs_mean.numel()
+    last_obs = batch["inputs"][..., obs_size + last_size :]
+    assert last_obs.shape[-1] == (obs_size if embedding_size else 0) and (last_obs[:, 0] == 0).all()
     ragged = env_id != "PointRobot-v0"
     assert ragged == (batch["mask"].sum(1).unique().numel() > 1)
     for trial in range(6):
         length = int(batch["mask"][trial].sum())
         assert length == scores["length"][trial].sum() and (batch["mask"][trial, :length] == 1).all()
-        _, last = batch["inputs"][trial, :length].split([obs_size, agent.action_size + 2], -1)
+        obs, last, last_obs = batch["inputs"][trial, :length].tensor_split([obs_size, obs_size + last_size], -1)
+        assert torch.equal(last_obs[1:], obs[:-1]) or not embedding_size
         actions, rewards = batch["actions"][trial], batch["rewards"][trial]
         fed_back = torch.eye(3)[actions] if agent.discrete else actions.clamp(-1, 1)
         ends = torch.zeros(length)
@@ -79,19 +88,23 @@ def test_what_the_policy_sees(env_id):
         assert batch["actions"].abs().max() > 1, "clipping was not exercised"
 
 
+@pytest.mark.parametrize("embedding_size", [0, 5])
 @pytest.mark.parametrize("separate_value", [False, True])
 @pytest.mark.parametrize("env_id", RAGGED)
-def test_the_sequence_pass_repeats_what_acted(env_id, separate_value):
+def test_the_sequence_pass_repeats_what_acted(env_id, separate_value, embedding_size):
     """From h = 0 through the whole trial: the first minibatch's ratios are 1, and the values those acted with."""
-    agent, batch, _ = play(env_id, separate_value=separate_value)
+    agent, batch, _ = play(env_id, separate_value=separate_value, embedding_size=embedding_size)
     calls = []
-    hooks = [gru.register_forward_hook(lambda _, args, __: calls.append(args[0].shape)) for gru in agent.memories]
+    hooks = [
+        memory.gru.register_forward_hook(lambda _, args, __: calls.append(args[0].shape)) for memory in agent.memories
+    ]
     dist, values, _ = agent(batch["inputs"], agent.initial_state(6))
     valid = batch["mask"] == 1
     logprobs = agent.distribution(dist).log_prob(batch["actions"])
     torch.testing.assert_close(logprobs[valid], batch["logprobs"][valid])
     torch.testing.assert_close(values[valid], batch["values"][valid])
-    assert calls == [batch["inputs"].shape] * (1 + separate_value), "one call a net, no loop over time"
+    shape = (*batch["mask"].shape, embedding_size or agent.input_size)
+    assert calls == [shape] * (1 + separate_value), "one call a net, no loop over time"
     for hook in hooks:
         hook.remove()
     wrong = agent(batch["inputs"], agent.initial_state(6) + 0.1)[0]
@@ -191,6 +204,23 @@ def test_the_initial_weights():
         kept = state.flatten()
         torch.testing.assert_close(kept / (1 - kept), torch.linspace(1, 49, 64))
     Agent(3, BOX, 1, 8)  # a trial of one step
+    agent = Agent(10, Discrete(6), 50, 64, embedding_size=500)  # of inputs with a squared norm of 10 + 1 + 1 + 1 + 10
+    memory, inputs = agent.memories[0], torch.randn(1000, agent.input_size)
+    inputs[:, 10:-10] = torch.cat([torch.eye(6)[torch.randint(6, (1000,))], torch.ones(1000, 2)], -1)
+    features = memory.embedding(inputs)
+    assert abs(features.square().mean() - 2) < 0.4
+    assert abs((features @ memory.gru.weight_ih_l0.T).square().mean() - 2) < 0.4
+
+
+def test_memory_with_an_embedding():
+    """A ReLU layer, a GRU, and a ReLU layer on its output and the input."""
+    memory, inputs = Memory(3, 4, 5), torch.randn(2, 6, 3)
+    features, state = memory(inputs, torch.ones(1, 2, 4))
+    (first, _), (second, _) = memory.embedding, memory.reader
+    remembered, after = memory.gru((inputs @ first.weight.T + first.bias).relu(), torch.ones(1, 2, 4))
+    expected = (torch.cat([remembered, inputs], -1) @ second.weight.T + second.bias).relu()
+    torch.testing.assert_close(features, expected)
+    torch.testing.assert_close(state, after)
 
 
 def test_the_units_of_observations_and_values(train):

@@ -81,7 +81,7 @@ def test_what_main_returns(script, train):
 
 RESUMED = {"plain": {}, "a fixed set of tasks": {"num_train_tasks": 6}}
 RESUMED_OWN = {"maml_trpo": {"learned step sizes": {"learn_inner_lr": True, "num_inner_steps": 2}}}
-RESUMED_OWN["rl2"] = {"a value network": {"separate_value": True, "episodes_per_task": 2}}
+RESUMED_OWN["rl2"] = {"a value network": {"separate_value": True, "embedding_size": 6, "episodes_per_task": 2}}
 PHASES = {"prior_steps": 20, "posterior_steps": 0, "extra_steps": 20, "context_next_obs": "True"}
 RESUMED_OWN["gmps"] = {"a longer phase of the expert": {"expert_timesteps": 400}, "no DAgger": {"dagger": False}}
 ORACLE = {"env_id": "MultimodalNavigation2-v0", "oracle_mode": True}
