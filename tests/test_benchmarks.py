@@ -17,7 +17,7 @@ def load_module(name):
 
 
 plot, run, per_task = load_module("plot"), load_module("run"), load_module("per_task")
-pearl_contexts = load_module("pearl_contexts")
+pearl_contexts, rl2_memory = load_module("pearl_contexts"), load_module("rl2_memory")
 
 
 @pytest.fixture
@@ -110,6 +110,14 @@ def test_scores_per_task(tmp_path, monkeypatch, capsys):
     means = np.array([[float(cell.split(" ±")[0]) for cell in row.split(":  ")[1].split(" -> ")] for row in rows])
     returns = [value for tag, value in sorted(metrics.items()) if tag.startswith("eval/return_after")]
     assert np.allclose(means.mean(0), returns, atol=0.1)
+
+
+def test_posterior_means_of_the_tabular_mdp():
+    states, actions = torch.tensor([[0, 3, 0, 0]]), torch.tensor([[1, 1, 1, 2]])
+    means = rl2_memory.posterior_means(states, actions, torch.tensor([[4.0, -2.0, 1.0, 5.0]]))
+    expected = torch.ones(1, 4, 5)  # the prior's mean
+    expected[0, 2:, 1] = torch.tensor([(1 + 4) / 2, (1 + 4 + 1) / 3])  # what was paid in state 0 for action 1
+    torch.testing.assert_close(means, expected)
 
 
 def test_contexts_of_pearl(train, capsys):
