@@ -124,6 +124,8 @@ class Args:
     """transitions per training task in a gradient step of the SAC expert"""
     expert_gamma: float = 0.9
     """discount per step of the SAC expert"""
+    expert_learning_rate: float = 1e-3
+    """step size of Adam for the SAC expert"""
     expert_reward_scale: float = 30.0
     """factor on the SAC expert's reward; the entropy has the weight 1"""
     tau: float = 0.01
@@ -147,7 +149,7 @@ class Args:
     batch_size: int = 100
     """labelled states per task in an Adam step"""
     learning_rate: float = 1e-3
-    """step size of Adam, for θ and α in the first round and for the SAC expert"""
+    """step size of Adam for θ and α, in the first round"""
     learning_rate_decay: float = 0.75
     """factor on the step size for θ and α after every round"""
     dataset_size: int = 10_000
@@ -488,10 +490,8 @@ def main(args: Args) -> dict[str, float]:
     collect_train = partial(collect, reward=args.train_reward, **sampling)
     collect_test = partial(collect, envs=eval_envs, reward=args.test_reward, **sampling)
     inner = {"policy": policy, "importance_clip": args.importance_clip}
-    meta_test = partial(
-        evaluate, theta, lr, test_tasks, collect_test, partial(inner_step, **inner), n, args.num_eval_steps, args.seed,
-        deterministic=args.deterministic_eval,
-    )  # fmt: skip
+    testing = partial(inner_step, **inner), n, args.num_eval_steps, args.seed, args.deterministic_eval
+    meta_test = partial(evaluate, theta, lr, test_tasks, collect_test, *testing)
     if args.evaluate:
         return report(meta_test(), num_eval_episodes, show=True)
 
@@ -503,7 +503,7 @@ def main(args: Args) -> dict[str, float]:
     if args.expert == "sac":
         capacity = 2 * math.ceil(args.expert_timesteps / num_tasks) + at_once
         sizes, scales = (obs_size, action_size, args.hidden_size, capacity), (args.expert_reward_scale, args.tau)
-        sac = Expert(tensor(train_tasks), *sizes, args.learning_rate, args.expert_gamma, *scales)
+        sac = Expert(tensor(train_tasks), *sizes, args.expert_learning_rate, args.expert_gamma, *scales)
     if args.expert != "demos":
         act = sac.mean_action if args.expert == "sac" else scripted_expert(envs)
         lane_tasks = own_tasks.repeat_interleave(args.expert_episodes, 0)

@@ -62,7 +62,7 @@ BAD_GMPS += [
     ("tau", 2),
     ("learning_rate_decay", 0),
 ]
-BAD_GMPS += [("importance_clip", 0.5), ("expert_gamma", 1.5)]
+BAD_GMPS += [("importance_clip", 0.5), ("expert_gamma", 1.5), ("expert_learning_rate", 0)]
 BAD_MAESN = [
     ("latent_dim", 0),
     ("init_mu_std", -1),

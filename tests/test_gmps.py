@@ -528,12 +528,15 @@ def test_steps_and_data_of_a_run(train, monkeypatch):
 
 def test_the_steps_of_the_sac_expert(train):
     """Four tasks x 2 episodes x 10 steps an iteration until the budget is used, and then the demonstrations."""
-    folder, _ = train(module, expert_timesteps=200, total_timesteps=1000, eval_every=100)
+    step_sizes = {"learning_rate": 0.02, "learning_rate_decay": 0.5, "expert_learning_rate": 0.001}
+    folder, _ = train(module, expert_timesteps=200, total_timesteps=1000, eval_every=100, **step_sizes)
     state = load(folder)
     assert not state["sac"]["replay"]["count"].any()  # no longer needed
     # 3 x 80 is the first multiple beyond 200
     assert state["iteration"] == 3 + 5 and state["global_step"] == 3 * 80 + 80 + 5 * 160
     assert state["data"]["count"].tolist() == [20 + 5 * 20] * 4
+    optimizers = [state["optimizer"], *state["sac"]["optimizers"].values()]
+    assert [optimizer["param_groups"][0]["lr"] for optimizer in optimizers] == [0.02 / 2**5, 0.001, 0.001]
 
 
 def test_what_trains_is_the_dense_reward_of_the_expert_and_train_reward_of_the_rest(train, monkeypatch):
@@ -601,5 +604,6 @@ def test_probe_without_and_with_little_adaptation(train, flags):
 
 def test_probe_with_a_sac_expert(train):
     sac = {"expert": "sac", "expert_timesteps": 400, "expert_gradient_steps": 100, "expert_reward_scale": 20.0}
+    sac |= {"expert_learning_rate": 0.01}
     _, metrics = train(module, **PROBE | {"total_timesteps": 1700} | sac)
     assert metrics["eval/return_after_10_episodes"] > 3
