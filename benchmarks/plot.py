@@ -140,14 +140,15 @@ def families(png: str, paths: list[str]):
     for name, runs in by_label(paths).items():
         family, label = name.split("_", 1)
         panels[family][label] = runs
-    fig, row = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.8), layout="constrained", squeeze=False)
+    fig, row = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4.6), layout="constrained", squeeze=False)
     everyone = sorted({label for labels in panels.values() for label in labels})
     for axes, (family, labels) in zip(row[0], panels.items(), strict=True):
         draw(axes, labels, everyone)
         low, high = np.percentile(np.concatenate([line.get_ydata() for line in axes.lines]), [25, 75])
         bottom = max(axes.get_ylim()[0], low - 5 * (high - low))  # one bad test would flatten all lines
-        axes.set(title=family, ylim=(bottom, None))
-        axes.legend(frameon=False, fontsize="small")
+        top = axes.dataLim.y1
+        axes.set(title=family, ylim=(bottom, top + 0.05 * (top - bottom)))
+        axes.legend(frameon=False, fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))
     row[0, 0].set(ylabel="return on held-out tasks, adapted")
     save(fig, png)
 
