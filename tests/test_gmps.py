@@ -528,7 +528,7 @@ def test_steps_and_data_of_a_run(train, monkeypatch):
 
 def test_the_steps_of_the_sac_expert(train):
     """Four tasks x 2 episodes x 10 steps an iteration until the budget is used, and then the demonstrations."""
-    step_sizes = {"learning_rate": 0.02, "learning_rate_decay": 0.5, "expert_learning_rate": 0.001}
+    step_sizes = {"learning_rate": 0.02, "learning_rate_decay": 0.5, "expert_learning_rate": 0.003}
     folder, _ = train(module, expert_timesteps=200, total_timesteps=1000, eval_every=100, **step_sizes)
     state = load(folder)
     assert not state["sac"]["replay"]["count"].any()  # no longer needed
@@ -536,7 +536,7 @@ def test_the_steps_of_the_sac_expert(train):
     assert state["iteration"] == 3 + 5 and state["global_step"] == 3 * 80 + 80 + 5 * 160
     assert state["data"]["count"].tolist() == [20 + 5 * 20] * 4
     optimizers = [state["optimizer"], *state["sac"]["optimizers"].values()]
-    assert [optimizer["param_groups"][0]["lr"] for optimizer in optimizers] == [0.02 / 2**5, 0.001, 0.001]
+    assert [optimizer["param_groups"][0]["lr"] for optimizer in optimizers] == [0.02 / 2**5, 0.003, 0.003]
 
 
 def test_what_trains_is_the_dense_reward_of_the_expert_and_train_reward_of_the_rest(train, monkeypatch):
