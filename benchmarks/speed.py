@@ -2,8 +2,8 @@
 a full-size gradient step of PEARL against the matrix products in it.
 
     python benchmarks/speed.py envs [--lanes 400] [--rounds 5]
-    python benchmarks/speed.py scripts [--iterations 10] [further flags of the scripts]
-    python benchmarks/speed.py pearl [--rounds 5] [--threads 0]
+    python benchmarks/speed.py scripts [--iterations 10] [further flags of the scripts, as --cuda]
+    python benchmarks/speed.py pearl [--rounds 5] [--threads 0] [--cuda]
 
 Prints Markdown tables; docs/performance.md holds their output. Everything that is compared is measured in turns within
 one run, and the median is shown.
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -75,6 +76,17 @@ def bare_rate(model, frame_skip: int, pool: ThreadPoolExecutor, states, actions)
     return steps * lanes / (time.perf_counter() - start)
 
 
+def seconds_of(call, device: str) -> float:
+    """How long call() takes, until its last kernel has ended."""
+    import torch
+
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def envs_table(lanes: int, rounds: int, steps: int = 20):
     import maml_trpo
 
@@ -104,7 +116,7 @@ def envs_table(lanes: int, rounds: int, steps: int = 20):
 
 def script_row(script: str, flags: list[str]):
     """In a process of its own: run the script, then print medians of its times, steps per second, the share of
-    torch.mm's speed at which it multiplies matrices while it acts and updates, and its memory.
+    torch.mm's speed at which it multiplies matrices while it acts and updates, and its memory (with --cuda, the GPU's).
     """
     import torch
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -142,6 +154,9 @@ def script_row(script: str, flags: list[str]):
         log(run, *args)
 
     module.Run.log = timed_log
+    if hasattr(module, "repeat"):  # replays cannot be counted
+        repeat = module.repeat
+        module.repeat = lambda *args: repeat(*args[:-1], args[-1] and len(totals) != 5)
     module.main(module.parse(module.Args, flags))
     (folder,) = Path("runs").iterdir()
     events = EventAccumulator(str(folder)).Reload()
@@ -150,14 +165,16 @@ def script_row(script: str, flags: list[str]):
     collect, update = (np.array([e.value for e in events.Scalars(f"time/{x}")])[timed] for x in ("collect", "update"))
     steps, simulate = (np.diff(x, prepend=0)[timed] for x in ([e.step for e in events.Scalars("time/collect")], totals))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    memory = torch.cuda.max_memory_allocated() / 1e9 if "--cuda" in flags else memory
     seconds = " | ".join(f"{np.median(x):.3f}" for x in (collect - simulate, simulate, update, collect + update))
     speed = counter.get_total_flops() / np.median(collect - simulate + update) / 1e9
-    a, products = torch.randn(1024, 1024), []
+    size, device = (8192, "cuda") if "--cuda" in flags else (1024, "cpu")
+    a, products = torch.randn(size, size, device=device), []
     for _ in range(20):
-        start = time.perf_counter()
-        torch.mm(a, a)
-        products.append(2 * 1024**3 / (time.perf_counter() - start) / 1e9)
-    share = f"{speed:.0f} GFLOP/s, {speed / np.median(products):.0%}"
+        products.append(2 * size**3 / seconds_of(lambda: torch.mm(a, a), device) / 1e9)
+    share = f"{speed:.0f} GFLOP/s, {speed / np.median(products):.1%}"
+    if device == "cuda" and script in ("rl2.py", "mmaml.py"):
+        share = "not known: those of cuDNN's GRU are not counted"
     print(f"{seconds} | {np.median(steps / (collect + update)):,.0f} | {share} | {memory:.2f} |")
 
 
@@ -165,7 +182,10 @@ def scripts_table(iterations: int, flags: list[str]):
     columns = ["script", "act, s", "simulate, s", "update, s", "iteration, s", "steps/s"]
     columns += ["matrix products, share of torch.mm", "peak memory, GB"]
     print(f"| {' | '.join(columns)} |\n|{'-|' * len(columns)}", flush=True)
-    for script, own, steps in SCRIPTS:
+    compiled = [
+        (script, f"{own} --compile", n) for script, own, n in SCRIPTS if script == "pearl.py" and "--cuda" in flags
+    ]
+    for script, own, steps in SCRIPTS + compiled:
         given = [*own.split(), "--total-timesteps", str(iterations * steps), "--eval-every", "1000000", *flags]
         command = [sys.executable, __file__, "row", script, *given]
         with tempfile.TemporaryDirectory() as folder:
@@ -173,8 +193,11 @@ def scripts_table(iterations: int, flags: list[str]):
         print(f"| `{f'{script} {own}'.strip()}` | {output.splitlines()[-1]}", flush=True)
 
 
-def pearl_table(rounds: int, num_threads: int, steps: int = 5):
-    """A gradient step at half-cheetah-vel's paper preset, drawing included, against torch.mm of the same sizes."""
+def pearl_table(rounds: int, num_threads: int, device: str):
+    """A gradient step at half-cheetah-vel's paper preset, drawing included, against torch.mm of the same sizes.
+
+    On a GPU also replayed from a CUDA graph, as --compile does: once for 2,000 steps, an iteration of that preset.
+    """
     import torch
 
     import pearl
@@ -182,20 +205,22 @@ def pearl_table(rounds: int, num_threads: int, steps: int = 5):
     torch.set_num_threads(num_threads or os.cpu_count())
     args = pearl.with_preset(pearl.Args(env_id="HalfCheetahVel-v0", preset="paper"))
     n, b, c, z = args.meta_batch_size, args.batch_size, args.context_size, args.latent_size
-    sizes, device = [17, 6, 1, 17, 1, 1], torch.device("cpu")
-    agent = pearl.Agent(17, 6, 24, z, args.hidden_size, args.encoder_size)
+    sizes, steps = [17, 6, 1, 17, 1, 1], args.gradient_steps if device == "cuda" else 5
+    agent = pearl.Agent(17, 6, 24, z, args.hidden_size, args.encoder_size).to(device)
     groups = {"critics": [*agent.critics.parameters(), *agent.encoder.parameters()], "actor": agent.actor.parameters()}
-    optimizers = {name: torch.optim.Adam(group, lr=3e-4, fused=True) for name, group in groups.items()}
-    replay, ids = pearl.Replay(args.num_train_tasks, 2000, sum(sizes), device), torch.arange(args.num_train_tasks)
-    replay.add(ids, torch.randn(len(ids), 2000, sum(sizes)), torch.ones(len(ids), 2000))
-    window, generator = torch.stack([0 * ids, 0 * ids + 400], 1), torch.Generator()
+    adam = partial(torch.optim.Adam, lr=3e-4, fused=True, capturable=device == "cuda")
+    optimizers = {name: adam(group) for name, group in groups.items()}
+    replay = pearl.Replay(args.num_train_tasks, 2000, sum(sizes), torch.device(device))
+    ids, rand = torch.arange(args.num_train_tasks, device=device), partial(torch.randn, device=device)
+    replay.add(ids, rand(len(ids), 2000, sum(sizes)), torch.ones(len(ids), 2000, device=device))
+    window, generator = torch.stack([0 * ids, 0 * ids + 400], 1), torch.Generator(device)
     context = {"size": c, "segment": 1, "longest": 2000, "width": 24}
     names = "gamma", "reward_scale", "temperature", "kl_weight", "regularization", "tau"
     settings = {name: getattr(args, name) for name in names}
 
     def step():
         draws = pearl.draw_batch(generator, replay, window, n, b, sizes, z, **context)
-        pearl.gradient_step(agent, optimizers, *draws, n, **settings)
+        return pearl.gradient_step(agent, optimizers, *draws, n, **settings)
 
     def products(mlp, rows, times, weight, inputs):
         """(rows, in, out) of the products: forward, and gradients in the weights and in the inputs of the layers."""
@@ -208,25 +233,28 @@ def pearl_table(rounds: int, num_threads: int, steps: int = 5):
     shapes = [*products(agent.encoder, n * c, 1, True, False), *products(pi, n * b, 1, False, False)]
     shapes += [*products(q, n * b, 2, False, False), *products(q, n * b, 2, True, True)]  # targets; critics
     shapes += [*products(pi, n * b, 1, True, False), *products(q, n * b, 2, False, True)]  # actor, through the critics
-    pairs = [(torch.randn(a, b), torch.randn(b, c), torch.empty(a, c)) for a, b, c in shapes]
+    pairs = [(rand(a, b), rand(b, c), rand(a, c)) for a, b, c in shapes]
 
     def bound():
-        for a, b, out in pairs:
-            torch.mm(a, b, out=out)
+        for _ in range(steps):
+            for a, b, out in pairs:
+                torch.mm(a, b, out=out)
 
-    times = {step: [], bound: []}
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    calls = {f"pearl.py, {where}": partial(pearl.repeat, step, steps, generator, False)}
+    if device == "cuda":
+        calls["the same with --compile"] = partial(pearl.repeat, step, steps, generator, True)
+    calls["torch.mm of the same sizes"] = bound
+    times = {name: [] for name in calls}
     for k in range(rounds + 1):
-        for call, seconds in times.items():
-            start = time.perf_counter()
-            for _ in range(steps):
-                call()
-            seconds += [(time.perf_counter() - start) / steps] * (k > 0)  # the first round warms up
-    ours, least = (1000 * np.median(seconds) for seconds in times.values())
+        for name, call in calls.items():
+            times[name] += [seconds_of(call, device) / steps] * (k > 0)  # the first round warms up
     flop = 2 * sum(a * b * c for a, b, c in shapes)
-    print("| gradient step, HalfCheetahVel-v0, 16 tasks x 256, 3 x 300 | ms | GFLOP/s |\n|-|-|-|")
-    print(f"| pearl.py, {torch.get_num_threads()} threads | {ours:.0f} | {flop / ours / 1e6:.0f} |")
-    print(f"| torch.mm of the same sizes | {least:.0f} | {flop / least / 1e6:.0f} |")
-    print(f"\n{flop / 1e9:.1f} GFLOP; {least / ours:.0%} of the speed of torch.mm")
+    print(f"{flop / 1e9:.1f} GFLOP a step\n")
+    print("| gradient step, HalfCheetahVel-v0, 16 tasks x 256, 3 x 300 | ms | GFLOP/s | share |\n|-|-|-|-|")
+    for name, seconds in times.items():
+        share = np.median(times["torch.mm of the same sizes"]) / np.median(seconds)
+        print(f"| {name} | {1000 * np.median(seconds):.2f} | {flop / np.median(seconds) / 1e9:,.0f} | {share:.0%} |")
 
 
 def main():
@@ -245,7 +273,7 @@ def main():
     if args.what == "envs":
         envs_table(args.lanes, args.rounds)
     elif args.what == "pearl":
-        pearl_table(args.rounds, args.threads)
+        pearl_table(args.rounds, args.threads, "cuda" if "--cuda" in flags else "cpu")
     else:
         scripts_table(args.iterations, flags)
 

@@ -627,6 +627,20 @@ def test_two_ranks(train, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_on_a_gpu_is_that_of_the_cpu():
+    batch, context, mask, noise = draws()
+    results = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        agent = module.Agent(2, 2, 5, Z, 16, 16).to(device)
+        on = [{name: x.to(device) for name, x in batch.items()}, context.to(device), mask.to(device)]
+        losses = module.gradient_step(agent, optimizers(agent), *on, [x.to(device) for x in noise], N, **SETTINGS)
+        results.append({"losses": losses.cpu()} | {name: x.cpu() for name, x in agent.state_dict().items()})
+    for name, x in results[0].items():
+        torch.testing.assert_close(results[1][name], x, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_captured_step_equals_an_eager_one(train):
     flags = {"cuda": True, "gradient_steps": 8}
     states = [load(train(module, compile=compiled, **flags)[0])["agent"] for compiled in (False, True)]
