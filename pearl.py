@@ -88,7 +88,7 @@ class Args:
     gamma: float | None = None
     """discount per step"""
     cuda: bool = False
-    """compute on the GPU (worth it for --preset paper)"""
+    """compute on the GPU (worth it with --compile)"""
     torch_deterministic: bool = True
     """use deterministic kernels only"""
     num_threads: int = 0
