@@ -371,9 +371,12 @@ def evaluate(tasks, collect, group, num_scores, seed) -> dict[str, np.ndarray]:
 
 
 def trial_report(scores, eval_episodes: int, best: np.ndarray | None, show: bool = False) -> dict[str, float]:
-    """report, the whole trial's return and, given what the best arm pays in a trial, best (M,), the regret."""
-    metrics = report(scores, eval_episodes, show)
-    totals = {"trial_return": eval_episodes * scores["return"].sum(0)}
+    """report, the whole trial's return, the last episode's less the first's and, given what the best arm pays in a
+    trial, best (M,), the regret.
+    """
+    metrics, returns = report(scores, eval_episodes, show), scores["return"]
+    totals = {"trial_return": eval_episodes * returns.sum(0)}
+    totals |= {} if len(returns) == 1 else {"improvement": returns[-1] - returns[0]}
     totals |= {} if best is None else {"regret": best - totals["trial_return"]}
     for name, total in totals.items():
         metrics[f"eval/{name}"] = float(total.mean())

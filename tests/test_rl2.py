@@ -419,7 +419,7 @@ def test_scores_of_the_meta_test():
     assert scores.keys() == {"return", "success"}
 
 
-def test_regret_and_trial_return(train, capsys):
+def test_what_a_trial_comes_to(train, capsys):
     torch.set_default_dtype(torch.float32)
     _, metrics = train(rl2, env_id="Bandit2Arms5-v0", horizon=0, num_test_tasks=50, episodes_per_task=3)
     tasks = make_trial_envs("Bandit2Arms5-v0", 1).sample_test_tasks(50, np.random.default_rng([0, 1]))
@@ -432,6 +432,10 @@ def test_regret_and_trial_return(train, capsys):
     _, metrics = train(rl2, env_id="PointRobot-v0", episodes_per_task=4, num_eval_steps=1, eval_episodes=2)
     first, second = (metrics[f"eval/return_after_{n}_episodes"] for n in (0, 2))
     assert metrics["eval/trial_return"] == pytest.approx(2 * (first + second)) and "eval/regret" not in metrics
+    assert metrics["eval/improvement"] == pytest.approx(second - first)
+    assert f"improvement: {second - first:.3f} ± " in capsys.readouterr().out
+    _, metrics = train(rl2, env_id="Bandit2Arms5-v0", horizon=0, num_test_tasks=50, num_eval_steps=0)
+    assert "eval/improvement" not in metrics
 
 
 @pytest.mark.parametrize(

@@ -210,8 +210,9 @@ def test_evaluate(script, train, capsys):
     assert again == {tag: value for tag, value in metrics.items() if tag.startswith("eval/")} != {}
     assert f"return on {TINY['num_test_tasks']} held-out tasks, mean and 95% interval" in table
     for tag, value in again.items():
-        after = f"after {tag.split('_')[-2]:>4} episodes {value:10.3f} ± "
-        assert (after if "_after_" in tag else f"{tag[5:]}: {value:.3f} ± ") in table
+        name, _, number = tag.removeprefix("eval/").partition("_after_")
+        after = f"after {number.removesuffix('_episodes'):>4} episodes {value:10.3f} ± "
+        assert (after if number else f"{name}: {value:.3f} ± ") in table
     _, more = train(script, evaluate=folder, num_test_tasks=3, num_eval_steps=0)
     assert more.keys() < again.keys() and "on 3 held-out tasks" in capsys.readouterr().out
     written = {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.suffix != ".png"}
