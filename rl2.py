@@ -106,8 +106,6 @@ class Args:
     """units of the recurrent layer"""
     embedding_size: int | None = None
     """units of a layer before and one after the recurrent one (0: none; unset: 128 on TabularMDP-v0, 0 elsewhere)"""
-    longest_memory: int | None = None
-    """steps that the units of the recurrent layer remember before training, from 1 to this (unset: the trial's)"""
     init_std: float = 1.0
     """standard deviation of the actions before training, of [-1, 1]"""
     separate_value: bool = False
@@ -169,11 +167,11 @@ class Memory(nn.Module):
             self.embedding = nn.Sequential(nn.Linear(input_size, embedding_size), nn.ReLU())
             self.reader = nn.Sequential(nn.Linear(hidden_size + input_size, embedding_size), nn.ReLU())
 
-    def initialise(self, active: int, longest_memory: int):
+    def initialise(self, active: int, trial_length: int):
         """Weights that let what is seen into the state, and keep it there; `active`: squared norm of an input, about.
 
         The inputs' share of each gate has variance 1, with an embedding 2. The units' memories reach from one step to
-        the longest (Tallec and Ollivier 2018, arXiv 1804.11188).
+        the trial_length (Tallec and Ollivier 2018, arXiv 1804.11188).
         """
         gru, size = self.gru, self.gru.hidden_size
         if self.embedding:
@@ -184,7 +182,7 @@ class Memory(nn.Module):
             nn.init.orthogonal_(gate)
         nn.init.zeros_(gru.bias_ih_l0)
         nn.init.zeros_(gru.bias_hh_l0)
-        memory = torch.linspace(1, longest_memory, size)  # m, steps that a unit remembers
+        memory = torch.linspace(1, max(1, trial_length - 1), size)  # m, steps that a unit remembers
         gru.bias_hh_l0.detach()[size : 2 * size] = memory.log()  # update gate: keeps m / (m + 1)
 
     def forward(self, inputs: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -204,7 +202,7 @@ class Agent(nn.Module):
     """
 
     def __init__(
-        self, obs_size, action_space, longest_memory, hidden_size, separate_value=False, init_std=1.0, embedding_size=0
+        self, obs_size, action_space, trial_length, hidden_size, separate_value=False, init_std=1.0, embedding_size=0
     ):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
@@ -217,7 +215,7 @@ class Agent(nn.Module):
         self.actor, self.critic = nn.Linear(features, self.action_size), nn.Linear(features, 1)
         active = obs_size + (1 if self.discrete else self.action_size) + 2 + self.last_obs_size
         for memory in self.memories:
-            memory.initialise(active, longest_memory)
+            memory.initialise(active, trial_length)
         nn.init.orthogonal_(self.actor.weight, 0.01)
         nn.init.zeros_(self.actor.bias)
         if not self.discrete:
@@ -407,8 +405,8 @@ def main(args: Args) -> dict[str, float]:
         require_sparse_reward(envs, test_tasks[:1])
 
     obs_size, action_space = envs.single_observation_space.shape[0], envs.single_action_space
-    sizes = (args.longest_memory or max(1, horizon * episodes - 1), args.hidden_size)
-    agent = Agent(obs_size, action_space, *sizes, args.separate_value, args.init_std, args.embedding_size).to(device)
+    sizes, options = (horizon * episodes, args.hidden_size), (args.separate_value, args.init_std, args.embedding_size)
+    agent = Agent(obs_size, action_space, *sizes, *options).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
     if checkpoint:
         agent.load_state_dict(checkpoint["agent"])

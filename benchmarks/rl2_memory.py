@@ -41,9 +41,7 @@ def main(args: argparse.Namespace):
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     envs, start = make_trial_envs("TabularMDP-v0", TRIALS), time.perf_counter()
-    agent = Agent(
-        10, envs.single_action_space, EPISODES * STEPS - 1, args.hidden_size, embedding_size=args.embedding_size
-    )
+    agent = Agent(10, envs.single_action_space, EPISODES * STEPS, args.hidden_size, embedding_size=args.embedding_size)
     agent.obs_mean.fill_(0.1)
     agent.obs_std.fill_(0.33)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)

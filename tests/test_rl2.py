@@ -192,9 +192,9 @@ def test_moments_of_the_valid_steps():
 
 
 def test_the_initial_weights():
-    """Gates start with a unit variance from standardised inputs; units forget over 1 step, 2, … and the longest."""
+    """Gates start with a unit variance from standardised inputs; units forget over 1 step, 2, … and the trial."""
     for space, width in ((BOX, 4), (Discrete(6), 1)):
-        gru = (agent := Agent(10, space, 49, 64)).memories[0].gru
+        gru = (agent := Agent(10, space, 50, 64)).memories[0].gru
         inputs = torch.randn(1000, agent.input_size)
         inputs[:, 10:-2] = agent.feedback(torch.randint(6, (1000,)) if agent.discrete else torch.ones(1000, width))
         inputs[:, -2:] = 1
@@ -203,22 +203,13 @@ def test_the_initial_weights():
         _, state = gru(torch.zeros(1, 1, agent.input_size), torch.ones(1, 1, 64))
         kept = state.flatten()
         torch.testing.assert_close(kept / (1 - kept), torch.linspace(1, 49, 64))
-    agent = Agent(10, Discrete(6), 49, 64, embedding_size=500)  # of inputs with a squared norm of 10 + 1 + 1 + 1 + 10
+    Agent(3, BOX, 1, 8)  # a trial of one step
+    agent = Agent(10, Discrete(6), 50, 64, embedding_size=500)  # of inputs with a squared norm of 10 + 1 + 1 + 1 + 10
     memory, inputs = agent.memories[0], torch.randn(1000, agent.input_size)
     inputs[:, 10:-10] = torch.cat([torch.eye(6)[torch.randint(6, (1000,))], torch.ones(1000, 2)], -1)
     features = memory.embedding(inputs)
     assert abs(features.square().mean() - 2) < 0.4
     assert abs((features @ memory.gru.weight_ih_l0.T).square().mean() - 2) < 0.4
-
-
-def test_the_longest_memory(train):
-    """It is the trial's, or what is asked for, and at least a step."""
-    torch.set_default_dtype(torch.float32)
-    one_step = {"horizon": 1, "episodes_per_task": 1}
-    for flags, longest in (({}, 19), ({"longest_memory": 5}, 5), (one_step, 1)):
-        folder, _ = train(rl2, total_timesteps=1, **flags)  # the first iteration does not train
-        bias = load(folder)["agent"]["memories.0.gru.bias_hh_l0"].chunk(3)[1]
-        torch.testing.assert_close(bias.exp(), torch.linspace(1, longest, 8))
 
 
 def test_memory_with_an_embedding():
@@ -239,7 +230,7 @@ def test_the_units_of_observations_and_values(train):
     envs = make_trial_envs("PointRobot-v0", 8)
     tasks = envs.sample_tasks(8, np.random.default_rng([0, 0, 1]))
     torch.manual_seed(1)
-    agent = Agent(2, envs.single_action_space, 19, 8)
+    agent = Agent(2, envs.single_action_space, 20, 8)
     with torch.no_grad():
         batch, _ = collect(agent, tasks, keyed_rng(1, "train", 1), envs, 2, 10, "dense")
     returns = torch.stack([sum(0.9**k * batch["rewards"][:, t + k] for k in range(20 - t)) for t in range(20)])
