@@ -14,7 +14,8 @@ Then, round by round:
 
 (3) Collect E episodes in N training tasks with the policy of θ. Per task: fit a linear baseline, estimate advantages A
     (GAE) and standardise them.
-(4) DAgger: collect episodes with the adapted policies φ_i, and add their states to D_i with the expert's actions.
+(4) DAgger: collect episodes with the adapted policies φ_i, train a SAC expert on these as well, and add their states
+    to D_i with the expert's actions.
 (5) Adapt: one policy-gradient step per task on (3), φ_i = θ - α ∘ ∇L_i(θ), with a step size for each parameter. L_i is
     the mean of -w A log π_θ(a|o); the importance weight w = π_θ(a|o) / π_old(a|o), a constant, is 1 before (6).
 (6) Hundreds of Adam steps on θ and α, through (5), on the mean of (μ_φi(o) - a*)² over the states of all D_i.
@@ -113,13 +114,13 @@ class Args:
     dagger: bool = True
     """let the expert label the states that adapted policies visit (there is nobody to ask with --expert demos)"""
     expert_timesteps: int = 8_000
-    """environment steps that the SAC expert is trained on"""
+    """environment steps of the SAC expert before the rounds; in the rounds it learns from DAgger's"""
     expert_episodes: int = 5
     """episodes per training task: of an iteration of the SAC expert, of the demonstrations, and of DAgger in a round"""
     expert_noise: float = 0.3
     """standard deviation of the noise on the demonstrating expert's actions, of [-1, 1]; labels have none"""
     expert_gradient_steps: int = 400
-    """gradient steps of the SAC expert per iteration"""
+    """gradient steps of the SAC expert per iteration and round"""
     expert_batch_size: int = 16
     """transitions per training task in a gradient step of the SAC expert"""
     expert_gamma: float = 0.9
@@ -201,12 +202,12 @@ class Expert(nn.Module):
     tasks: (all of them, task size), of which this rank owns M; its replay keeps their transitions, as rows of COLUMNS.
     """
 
-    COLUMNS: ClassVar = ("obs", "actions", "rewards", "next_obs", "terminated")
+    COLUMNS: ClassVar = ("obs", "actions", "dense_reward", "next_obs", "terminated")
 
-    def __init__(self, tasks, obs_size, action_size, hidden_size, capacity, learning_rate, gamma, reward_scale, tau):
+    def __init__(self, tasks, obs_size, action_size, capacity, args):
         super().__init__()
-        self.gamma, self.tau = gamma, tau
-        self.temperature = 1 / reward_scale  # the same problem with small values, which critics learn faster
+        self.gamma, self.tau, hidden_size = args.expert_gamma, args.tau, args.hidden_size
+        self.temperature = 1 / args.expert_reward_scale  # the same problem in small values, learned faster
         scale, self.num_tasks = tasks.std(0, correction=0), len(tasks)
         self.mean, self.scale, self.tasks = tasks.mean(0), torch.where(scale > 0, scale, 1), tasks[shard(len(tasks))]
         inputs, self.action_size = obs_size + tasks[0].numel(), action_size
@@ -214,7 +215,7 @@ class Expert(nn.Module):
         self.critics = MLP(inputs + action_size, hidden_size, 1, stack=2)
         self.targets = copy.deepcopy(self.critics).requires_grad_(False)
         self.to(tasks.device)
-        adam = partial(torch.optim.Adam, lr=learning_rate, fused=True)
+        adam = partial(torch.optim.Adam, lr=args.expert_learning_rate, fused=True)
         self.optimizers = {"critics": adam(self.critics.parameters()), "actor": adam(self.actor.parameters())}
         self.widths = [obs_size, action_size, 1, obs_size, 1]  # of COLUMNS
         self.replay = Replay(len(self.tasks), capacity, sum(self.widths), tasks.device)
@@ -257,9 +258,8 @@ class Expert(nn.Module):
         task = task.expand(-1, batch_size, *self.tasks.shape[1:])
         for _ in range(num_steps):
             batch = self.replay.sample(ids, batch_size, generator).split(self.widths, -1)
-            shape = (2, self.num_tasks, batch_size, self.action_size)
-            noise = torch.randn(shape, generator=generator, device=device)[:, shard(self.num_tasks)]
-            total += self.step(batch, task, noise)
+            noise = torch.randn(2, self.num_tasks, batch_size, self.action_size, generator=generator, device=device)
+            total += self.step(batch, task, noise[:, shard(self.num_tasks)])
         means = (all_reduce(total) / num_steps / ranks()[1]).tolist()
         return dict(zip(("expert/qf_loss", "expert/actor_loss", "expert/entropy"), means, strict=True))
 
@@ -339,6 +339,7 @@ def episodes(choose, tasks, rng, envs, horizon, device) -> dict[str, torch.Tenso
     lanes = np.repeat(tasks, envs.num_envs // len(tasks), axis=0)
     with torch.no_grad():
         batch = rollout(envs, lambda obs, t: choose(obs, noise[:, t]), lanes, horizon, rng, device)
+    batch["dense_reward"] = batch["rewards"]  # a SAC expert's, whatever adaptation sees
     return {name: x.unflatten(0, (len(tasks), -1)) for name, x in batch.items()}
 
 
@@ -351,8 +352,7 @@ def log_density(dist, actions) -> torch.Tensor:
 def collect(params, tasks, rng, envs, policy, horizon, gamma, gae_lambda, reward, deterministic=False) -> dict:
     """(3) E episodes in each of N tasks, in task i with the policy params[i], and their advantages.
 
-    params: (N, ...) by name; tasks: (N, task size). Returns what rollout does, (N, E, T, ...), with the advantages and
-    logprobs (N, E, T).
+    params: (N, ...) by name; tasks: (N, task size). Returns what rollout does, (N, E, T, ...), advantages and logprobs.
     """
 
     def distributions(obs):  # (N, ..., O) -> (N, ..., 2A)
@@ -501,9 +501,8 @@ def main(args: Args) -> dict[str, float]:
     ids, own_tasks = torch.arange(own.stop - own.start, device=device), tensor(train_tasks)[own]
     data = Replay(len(ids), args.dataset_size, obs_size + action_size, device)
     if args.expert == "sac":
-        capacity = 2 * math.ceil(args.expert_timesteps / num_tasks) + at_once
-        sizes, scales = (obs_size, action_size, args.hidden_size, capacity), (args.expert_reward_scale, args.tau)
-        sac = Expert(tensor(train_tasks), *sizes, args.expert_learning_rate, args.expert_gamma, *scales)
+        capacity = math.ceil(args.expert_timesteps / num_tasks) + at_once + args.dataset_size
+        sac = Expert(tensor(train_tasks), obs_size, action_size, capacity, args)
     if args.expert != "demos":
         act = sac.mean_action if args.expert == "sac" else scripted_expert(envs)
         lane_tasks = own_tasks.repeat_interleave(args.expert_episodes, 0)
@@ -545,8 +544,6 @@ def main(args: Args) -> dict[str, float]:
                 batch["labels"], collected = label(batch, own_tasks, act), time.perf_counter()
                 add_rows(data, ids, batch, ["obs", "labels"])
                 policy.measure(data.rows[data.filled(), :obs_size])
-                if args.expert == "sac":
-                    sac.replay.count.zero_()  # no longer needed, nor saved
                 global_step += int(all_reduce(batch["mask"].sum()))
                 metrics["expert/demonstration_return"] = task_mean(episode_scores(batch)["return"])
 
@@ -556,15 +553,18 @@ def main(args: Args) -> dict[str, float]:
                 picked = (firsts[:-1] + iteration % np.diff(firsts))[shard(n)]
                 tasks, picked = train_tasks[picked], torch.as_tensor(picked - own.start, device=device)
                 params = {name: p.detach().expand(len(tasks), *p.shape) for name, p in theta.items()}
-                batch = collect_train(params, tasks, rng(2), envs)
+                batch, collected = collect_train(params, tasks, rng(2), envs), time.perf_counter()
                 global_step += int(all_reduce(batch["mask"].sum()))
                 metrics["charts/pre_adaptation_return"] = task_mean(episode_scores(batch)["return"])
 
-            # (4) DAgger
+            # (4) DAgger; a SAC expert learns from these episodes before it labels them
             if demonstrated and args.dagger and args.expert != "demos":
                 with torch.no_grad():
                     params, _ = vmap(partial(inner_step, theta, lr, **inner))(batch)
-                visited = collect_train(params, tasks, rng(3), dagger_envs)
+                visited, collected = collect_train(params, tasks, rng(3), dagger_envs), time.perf_counter()
+                if args.expert == "sac":
+                    add_rows(sac.replay, picked, visited | {"actions": visited["actions"].clamp(-1, 1)}, sac.COLUMNS)
+                    metrics |= sac.learn(args.expert_gradient_steps, args.expert_batch_size, generator)
                 visited["labels"] = label(visited, tensor(tasks), act)
                 add_rows(data, picked, visited, ["obs", "labels"])
                 global_step += int(all_reduce(visited["mask"].sum()))
@@ -573,7 +573,7 @@ def main(args: Args) -> dict[str, float]:
 
             # (5), (6) many steps on this one batch
             if demonstrated:
-                collected, loss, weight = time.perf_counter(), 0, torch.zeros(len(tasks), device=device)
+                loss, weight = 0, torch.zeros(len(tasks), device=device)
                 for _ in range(args.gradient_steps):
                     obs, labels = data.sample(picked, args.batch_size, generator).split([obs_size, action_size], -1)
                     imitation, weights = imitation_loss(theta, lr, batch, obs, labels, **inner)

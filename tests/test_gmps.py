@@ -277,8 +277,8 @@ def test_padding_is_without_influence(double):
 
 def expert(tasks, **changes):
     torch.manual_seed(0)
-    settings = {"hidden_size": 8, "capacity": 50, "learning_rate": 1e-3, "gamma": 0.9, "reward_scale": 5, "tau": 0.1}
-    return module.Expert(tasks, obs_size=2, action_size=2, **(settings | changes))
+    args = module.Args(hidden_size=8, expert_reward_scale=5, expert_gamma=0.9, tau=0.1, **changes)
+    return module.Expert(tasks, obs_size=2, action_size=2, capacity=50, args=args)
 
 
 def test_a_gradient_step_of_the_expert_in_plain_terms(double):
@@ -531,12 +531,39 @@ def test_the_steps_of_the_sac_expert(train):
     step_sizes = {"learning_rate": 0.02, "learning_rate_decay": 0.5, "expert_learning_rate": 0.003}
     folder, _ = train(module, expert_timesteps=200, total_timesteps=1000, eval_every=100, **step_sizes)
     state = load(folder)
-    assert not state["sac"]["replay"]["count"].any()  # no longer needed
+    assert state["sac"]["replay"]["count"].tolist() == [3 * 20 + 5 * 20] * 4
     # 3 x 80 is the first multiple beyond 200
     assert state["iteration"] == 3 + 5 and state["global_step"] == 3 * 80 + 80 + 5 * 160
     assert state["data"]["count"].tolist() == [20 + 5 * 20] * 4
     optimizers = [state["optimizer"], *state["sac"]["optimizers"].values()]
     assert [optimizer["param_groups"][0]["lr"] for optimizer in optimizers] == [0.02 / 2**5, 0.003, 0.003]
+    assert [optimizer["state"][0]["step"] for optimizer in optimizers] == [5 * 2, 8 * 2, 8 * 2]
+
+
+def test_the_sac_expert_learns_from_what_dagger_visits_and_then_labels_it(train, monkeypatch):
+    """Its last rows are DAgger's last episodes, as the task took them; D_i's last labels are the final expert's."""
+    collected, collect = {}, module.collect
+
+    def recorded(*args, **kwargs):
+        collected[kwargs["reward"]] = collect(*args, **kwargs)
+        return collected[kwargs["reward"]]
+
+    monkeypatch.setattr(module, "collect", recorded)
+    flags = {"env_id": "SparsePointRobot-v0", "train_reward": "sparse", "init_std": 1.0, "expert_learning_rate": 0.01}
+    folder, _ = train(module, total_timesteps=1000, eval_every=100, num_eval_steps=1, **flags)
+    state, visited = load(folder), collected["sparse"]  # the last of training; meta-tests are with the dense reward
+    assert visited["actions"].abs().max() > 1 and (visited["rewards"] >= 0).all()
+    rows, data = (x["rows"].unflatten(0, (4, -1))[:, -20:] for x in (state["sac"]["replay"], state["data"]))
+    obs, actions, rewards, next_obs, terminated = rows.split([2, 2, 1, 2, 1], -1)
+    for x, name in [(obs, "obs"), (next_obs, "next_obs")]:
+        torch.testing.assert_close(x, visited[name].flatten(1, 2))
+    assert torch.equal(actions, visited["actions"].flatten(1, 2).clamp(-1, 1)) and not terminated.any()
+    goals = state["tasks"].float().unsqueeze(1)
+    torch.testing.assert_close(rewards.squeeze(-1), -(next_obs - goals).norm(dim=-1))
+    agent = module.Expert(state["tasks"].float(), 2, 2, 300, module.Args(**state["args"]))
+    agent.load(state["sac"])
+    with torch.no_grad():
+        torch.testing.assert_close(data[..., 2:], agent.mean_action(obs, goals.expand(-1, 20, -1)))
 
 
 def test_what_trains_is_the_dense_reward_of_the_expert_and_train_reward_of_the_rest(train, monkeypatch):
