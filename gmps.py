@@ -14,8 +14,7 @@ Then, round by round:
 
 (3) Collect E episodes in N training tasks with the policy of θ. Per task: fit a linear baseline, estimate advantages A
     (GAE) and standardise them.
-(4) DAgger: collect episodes with the adapted policies φ_i, train a SAC expert on these as well, and add their states
-    to D_i with the expert's actions.
+(4) DAgger: collect episodes with the adapted policies φ_i, and add their states to D_i with the expert's actions.
 (5) Adapt: one policy-gradient step per task on (3), φ_i = θ - α ∘ ∇L_i(θ), with a step size for each parameter. L_i is
     the mean of -w A log π_θ(a|o); the importance weight w = π_θ(a|o) / π_old(a|o), a constant, is 1 before (6).
 (6) Hundreds of Adam steps on θ and α, through (5), on the mean of (μ_φi(o) - a*)² over the states of all D_i.
@@ -114,13 +113,15 @@ class Args:
     dagger: bool = True
     """let the expert label the states that adapted policies visit (there is nobody to ask with --expert demos)"""
     expert_timesteps: int = 8_000
-    """environment steps of the SAC expert before the rounds; in the rounds it learns from DAgger's"""
+    """environment steps that the SAC expert is trained on before the rounds"""
     expert_episodes: int = 5
     """episodes per training task: of an iteration of the SAC expert, of the demonstrations, and of DAgger in a round"""
     expert_noise: float = 0.3
     """standard deviation of the noise on the demonstrating expert's actions, of [-1, 1]; labels have none"""
     expert_gradient_steps: int = 400
-    """gradient steps of the SAC expert per iteration and round"""
+    """gradient steps of the SAC expert per iteration"""
+    expert_round_steps: int = 0
+    """gradient steps of the SAC expert in every round, on DAgger's episodes too, before it labels them"""
     expert_batch_size: int = 16
     """transitions per training task in a gradient step of the SAC expert"""
     expert_gamma: float = 0.9
@@ -363,8 +364,7 @@ def collect(params, tasks, rng, envs, policy, horizon, gamma, gae_lambda, reward
         return mean if deterministic else mean + log_std.exp() * noise
 
     batch = episodes(choose, tasks, rng, envs, horizon, params["bias"].device)
-    if reward == "sparse":
-        batch["rewards"] = batch["sparse_reward"]
+    batch["rewards"] = batch[f"{reward}_reward"]
     with torch.no_grad():
         batch["advantages"] = standardised_advantages(batch, gamma, gae_lambda)
         batch["logprobs"] = log_density(distributions(batch["obs"]), batch["actions"])
@@ -557,14 +557,14 @@ def main(args: Args) -> dict[str, float]:
                 global_step += int(all_reduce(batch["mask"].sum()))
                 metrics["charts/pre_adaptation_return"] = task_mean(episode_scores(batch)["return"])
 
-            # (4) DAgger; a SAC expert learns from these episodes before it labels them
+            # (4) DAgger; a SAC expert can learn from what it is to label
             if demonstrated and args.dagger and args.expert != "demos":
                 with torch.no_grad():
                     params, _ = vmap(partial(inner_step, theta, lr, **inner))(batch)
                 visited, collected = collect_train(params, tasks, rng(3), dagger_envs), time.perf_counter()
-                if args.expert == "sac":
+                if args.expert == "sac" and args.expert_round_steps:
                     add_rows(sac.replay, picked, visited | {"actions": visited["actions"].clamp(-1, 1)}, sac.COLUMNS)
-                    metrics |= sac.learn(args.expert_gradient_steps, args.expert_batch_size, generator)
+                    metrics |= sac.learn(args.expert_round_steps, args.expert_batch_size, generator)
                 visited["labels"] = label(visited, tensor(tasks), act)
                 add_rows(data, picked, visited, ["obs", "labels"])
                 global_step += int(all_reduce(visited["mask"].sum()))
@@ -1046,7 +1046,7 @@ def join(x: torch.Tensor) -> torch.Tensor:
 
 MAY_BE_ZERO = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps"}
 MAY_BE_ZERO |= {"gae_lambda", "cg_damping", "ent_coef", "embedding_size"}
-MAY_BE_ZERO |= {"bias_size", "expert_noise", "importance_clip"}
+MAY_BE_ZERO |= {"bias_size", "expert_noise", "expert_round_steps", "importance_clip"}
 MAY_BE_ZERO |= {"init_mu_std"}
 MAY_BE_ZERO |= {"posterior_steps", "extra_steps", "warmup_iterations", "kl_weight", "regularization", "context_window"}
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "num_threads", "eval_every", "checkpoint_every"}

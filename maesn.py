@@ -771,7 +771,7 @@ def rollout(envs: TaskEnvs, act, tasks, horizon, rng, device) -> dict[str, torch
 
 MAY_BE_ZERO = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps"}
 MAY_BE_ZERO |= {"gae_lambda", "cg_damping", "ent_coef", "embedding_size"}
-MAY_BE_ZERO |= {"bias_size", "expert_noise", "importance_clip"}
+MAY_BE_ZERO |= {"bias_size", "expert_noise", "expert_round_steps", "importance_clip"}
 MAY_BE_ZERO |= {"init_mu_std"}
 MAY_BE_ZERO |= {"posterior_steps", "extra_steps", "warmup_iterations", "kl_weight", "regularization", "context_window"}
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "num_threads", "eval_every", "checkpoint_every"}

@@ -6,6 +6,7 @@ For maml_trpo.py and gmps.py. Scoring changes nothing in training: its episodes 
 """
 
 import importlib
+import inspect
 import sys
 from functools import wraps
 from pathlib import Path
@@ -17,8 +18,9 @@ def both(evaluate):
     """evaluate of a script, with the scores of sampled actions beside those of the mean action."""
 
     @wraps(evaluate)
-    def evaluate_both(*args, deterministic, **settings):
-        mean, sampled = (evaluate(*args, deterministic=mode, **settings) for mode in (True, False))
+    def evaluate_both(*args, **settings):
+        call = inspect.signature(evaluate).bind(*args, **settings).arguments
+        mean, sampled = (evaluate(**call | {"deterministic": mode}) for mode in (True, False))
         return mean | {f"sampled_{name}": score for name, score in sampled.items()}
 
     return evaluate_both

@@ -18,6 +18,7 @@ def load_module(name):
 
 plot, run, per_task = load_module("plot"), load_module("run"), load_module("per_task")
 pearl_contexts, rl2_memory = load_module("pearl_contexts"), load_module("rl2_memory")
+both_scores = load_module("both_scores")
 
 
 @pytest.fixture
@@ -110,6 +111,19 @@ def test_scores_per_task(tmp_path, monkeypatch, capsys):
     means = np.array([[float(cell.split(" ±")[0]) for cell in row.split(":  ")[1].split(" -> ")] for row in rows])
     returns = [value for tag, value in sorted(metrics.items()) if tag.startswith("eval/return_after")]
     assert np.allclose(means.mean(0), returns, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["maml_trpo", "gmps"])
+def test_both_scores(train, monkeypatch, name):
+    """The mean action's scores are those of --deterministic-eval, the sampled ones those without it."""
+    script = importlib.import_module(name)
+    (_, mean), (_, sampled) = (train(script, deterministic_eval=mode) for mode in (True, False))
+    monkeypatch.setattr(script, "evaluate", both_scores.both(script.evaluate))
+    _, both = train(script)
+    tags = [tag for tag in mean if tag.startswith("eval/")]
+    assert tags and mean != sampled
+    for tag in tags:
+        assert (both[tag], both[tag.replace("eval/", "eval/sampled_")]) == (mean[tag], sampled[tag])
 
 
 def test_posterior_means_of_the_tabular_mdp():

@@ -526,18 +526,20 @@ def test_steps_and_data_of_a_run(train, monkeypatch):
     assert metrics["charts/episodic_return"] == pytest.approx(last[2]["rewards"].sum(-1).mean().item())
 
 
-def test_the_steps_of_the_sac_expert(train):
+@pytest.mark.parametrize("round_steps", [0, 2])
+def test_the_steps_of_the_sac_expert(train, round_steps):
     """Four tasks x 2 episodes x 10 steps an iteration until the budget is used, and then the demonstrations."""
     step_sizes = {"learning_rate": 0.02, "learning_rate_decay": 0.5, "expert_learning_rate": 0.003}
-    folder, _ = train(module, expert_timesteps=200, total_timesteps=1000, eval_every=100, **step_sizes)
+    flags = {"expert_timesteps": 200, "total_timesteps": 1000, "eval_every": 100, "expert_round_steps": round_steps}
+    folder, _ = train(module, **flags, **step_sizes)
     state = load(folder)
-    assert state["sac"]["replay"]["count"].tolist() == [3 * 20 + 5 * 20] * 4
+    assert state["sac"]["replay"]["count"].tolist() == [3 * 20 + (5 * 20 if round_steps else 0)] * 4
     # 3 x 80 is the first multiple beyond 200
     assert state["iteration"] == 3 + 5 and state["global_step"] == 3 * 80 + 80 + 5 * 160
     assert state["data"]["count"].tolist() == [20 + 5 * 20] * 4
     optimizers = [state["optimizer"], *state["sac"]["optimizers"].values()]
     assert [optimizer["param_groups"][0]["lr"] for optimizer in optimizers] == [0.02 / 2**5, 0.003, 0.003]
-    assert [optimizer["state"][0]["step"] for optimizer in optimizers] == [5 * 2, 8 * 2, 8 * 2]
+    assert [optimizer["state"][0]["step"] for optimizer in optimizers] == [5 * 2] + 2 * [3 * 2 + 5 * round_steps]
 
 
 def test_the_sac_expert_learns_from_what_dagger_visits_and_then_labels_it(train, monkeypatch):
