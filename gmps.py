@@ -338,8 +338,7 @@ def episodes(choose, tasks, rng, envs, horizon, device) -> dict[str, torch.Tenso
     noise = rng.normal(size=(envs.total_lanes, horizon, *envs.single_action_space.shape))[envs.lanes]
     noise = torch.as_tensor(noise, dtype=torch.get_default_dtype(), device=device)
     lanes = np.repeat(tasks, envs.num_envs // len(tasks), axis=0)
-    with torch.no_grad():
-        batch = rollout(envs, lambda obs, t: choose(obs, noise[:, t]), lanes, horizon, rng, device)
+    batch = torch.no_grad()(rollout)(envs, lambda obs, t: choose(obs, noise[:, t]), lanes, horizon, rng, device)
     batch["dense_reward"] = batch["rewards"]  # a SAC expert's, whatever adaptation sees
     return {name: x.unflatten(0, (len(tasks), -1)) for name, x in batch.items()}
 
@@ -544,6 +543,8 @@ def main(args: Args) -> dict[str, float]:
                 batch["labels"], collected = label(batch, own_tasks, act), time.perf_counter()
                 add_rows(data, ids, batch, ["obs", "labels"])
                 policy.measure(data.rows[data.filled(), :obs_size])
+                if args.expert == "sac" and not args.expert_round_steps:
+                    sac.replay.count.zero_()  # no longer needed, nor saved
                 global_step += int(all_reduce(batch["mask"].sum()))
                 metrics["expert/demonstration_return"] = task_mean(episode_scores(batch)["return"])
 
@@ -559,8 +560,7 @@ def main(args: Args) -> dict[str, float]:
 
             # (4) DAgger; a SAC expert can learn from what it is to label
             if demonstrated and args.dagger and args.expert != "demos":
-                with torch.no_grad():
-                    params, _ = vmap(partial(inner_step, theta, lr, **inner))(batch)
+                params, _ = torch.no_grad()(vmap(partial(inner_step, theta, lr, **inner)))(batch)
                 visited, collected = collect_train(params, tasks, rng(3), dagger_envs), time.perf_counter()
                 if args.expert == "sac" and args.expert_round_steps:
                     add_rows(sac.replay, picked, visited | {"actions": visited["actions"].clamp(-1, 1)}, sac.COLUMNS)

@@ -533,7 +533,7 @@ def test_the_steps_of_the_sac_expert(train, round_steps):
     flags = {"expert_timesteps": 200, "total_timesteps": 1000, "eval_every": 100, "expert_round_steps": round_steps}
     folder, _ = train(module, **flags, **step_sizes)
     state = load(folder)
-    assert state["sac"]["replay"]["count"].tolist() == [3 * 20 + (5 * 20 if round_steps else 0)] * 4
+    assert state["sac"]["replay"]["count"].tolist() == [(3 * 20 + 5 * 20) * bool(round_steps)] * 4  # saved if needed
     # 3 x 80 is the first multiple beyond 200
     assert state["iteration"] == 3 + 5 and state["global_step"] == 3 * 80 + 80 + 5 * 160
     assert state["data"]["count"].tolist() == [20 + 5 * 20] * 4
