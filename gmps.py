@@ -32,18 +32,23 @@ from __future__ import annotations
 import atexit
 import copy
 import difflib
+import importlib.util
 import math
 import os
 import re
 import signal
 import sys
 import time
+import zipfile
 import zlib
-from contextlib import closing
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, NoReturn
+from typing import ClassVar, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback, during these imports too
 
 import gymnasium as gym
 import numpy as np
@@ -436,7 +441,8 @@ def main(args: Args) -> dict[str, float]:
     checkpoint = load_checkpoint(args.resume or args.evaluate, Args) if args.resume or args.evaluate else {}
     iteration, global_step = checkpoint.get("iteration", 0), checkpoint.get("global_step", 0)
     if args.resume and global_step >= args.total_timesteps:
-        fail(f"{args.resume} is complete: give more --total-timesteps, or --evaluate it")
+        show(f"{args.resume} is complete; its meta-test:")
+        args = replace(args, resume="", evaluate=args.resume)
     n, num_tasks, own = args.meta_batch_size, args.num_train_tasks, shard(args.num_train_tasks)
     if num_tasks < n:
         fail(f"--num-train-tasks {num_tasks}: less than --meta-batch-size {n}, and every task needs an expert")
@@ -492,7 +498,7 @@ def main(args: Args) -> dict[str, float]:
     testing = partial(inner_step, **inner), n, args.num_eval_steps, args.seed, args.deterministic_eval
     meta_test = partial(evaluate, theta, lr, test_tasks, collect_test, *testing)
     if args.evaluate:
-        return report(meta_test(), num_eval_episodes, show=True)
+        return report(meta_test(), test_tasks, num_eval_episodes, printed=True)
 
     # the expert, and the D_i of this rank's tasks
     tensor = partial(torch.as_tensor, dtype=torch.get_default_dtype(), device=device)
@@ -591,14 +597,14 @@ def main(args: Args) -> dict[str, float]:
             # log, (7) meta-test, save
             if global_step >= args.total_timesteps or (demonstrated and iteration % args.eval_every == 0):
                 scores = meta_test()
-                metrics |= report(scores, num_eval_episodes) | {"time/eval": time.perf_counter() - updated}
+                metrics |= report(scores, test_tasks, num_eval_episodes) | {"time/eval": time.perf_counter() - updated}
             run.log(metrics, global_step)
             if iteration % args.checkpoint_every == 0:
                 run.save(**state(), iteration=iteration, global_step=global_step)
 
         run.save(**state(), iteration=iteration, global_step=global_step)
     if global_step >= args.total_timesteps:
-        report(scores, num_eval_episodes, show=True)
+        report(scores, test_tasks, num_eval_episodes, printed=True)
     return {tag: value for tag, value in run.metrics.items() if tag.startswith(("eval/", "charts/"))}
 
 
@@ -804,7 +810,6 @@ class UserEnvs(TaskEnvs):
     """
 
     def __init__(self, env_id: str, num_envs: int, lanes: slice):
-        sys.path.append(os.getcwd())  # the last place to look for the module of module:Id-v0
         try:
             envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)[lanes]]
         except (gym.error.Error, ImportError, ValueError) as error:
@@ -864,12 +869,24 @@ def make_envs(env_id: str, num_envs: int, num_threads: int = 0, lanes: slice = s
     return (PointEnvs if env_id in POINT_FAMILIES else UserEnvs)(env_id, num_envs, lanes)
 
 
-def require_finite(envs: TaskEnvs, obs, reward, alive, tasks, t: int):
-    """End the program if what a lane that is alive (B,) reports after step t is not finite."""
-    bad = alive & ~(np.isfinite(reward) & np.isfinite(obs).all(axis=1))
-    if bad.any():
-        lane = range(envs.total_lanes)[envs.lanes][bad.argmax()]
-        fail(f"{envs.env_id}: reward or observation is not finite in lane {lane}, step {t}, task {tasks[bad][0]}")
+def require_finite(envs: TaskEnvs, values: dict, alive, tasks, t: int):
+    """End the program if what a lane that is alive (B,) reports after step t, values (B, ...) by name, is not finite.
+
+    Finite in torch's precision: 1e39 is not, in single precision.
+    """
+    largest = torch.finfo(torch.get_default_dtype()).max
+    for name, value in values.items():
+        bad = alive & ~(np.abs(value).reshape(len(alive), -1) <= largest).all(axis=1)
+        if bad.any():
+            lane, what = range(envs.total_lanes)[envs.lanes][bad.argmax()], name.rstrip("s").replace("_", " ")
+            fail(f"{envs.env_id}: {what} is not finite in lane {lane}, step {t}, task {tasks[bad][0]}")
+
+
+def require_finite_actions(actions: np.ndarray) -> np.ndarray:
+    """actions, unless the policy that chose them has diverged."""
+    if not np.isfinite(actions).all():
+        fail("the policy has diverged, its actions are not finite: try smaller step sizes")
+    return actions
 
 
 def require_sparse_reward(envs: TaskEnvs, task: np.ndarray):
@@ -902,8 +919,8 @@ def rollout(envs: TaskEnvs, act, tasks, horizon, rng, device) -> dict[str, torch
     observations, actions, steps = [tensor(obs)], [], {}
     for t in range(horizon):
         actions.append(act(observations[-1], t))
-        obs, reward, terminated, truncated, info = envs.step(actions[-1].cpu().numpy())
-        require_finite(envs, obs, reward, alive, tasks, t)
+        obs, reward, terminated, truncated, info = envs.step(require_finite_actions(actions[-1].cpu().numpy()))
+        require_finite(envs, {"observations": obs, "rewards": reward, **info}, alive, tasks, t)
         for name, value in {"rewards": reward, "terminated": terminated, "mask": alive, **info}.items():
             steps.setdefault(name, np.zeros((envs.num_envs, horizon)))[:, t] = value * alive
         observations.append(tensor(obs))
@@ -1049,6 +1066,7 @@ MAY_BE_ZERO |= {"gae_lambda", "cg_damping", "ent_coef", "embedding_size"}
 MAY_BE_ZERO |= {"bias_size", "expert_noise", "expert_round_steps", "importance_clip"}
 MAY_BE_ZERO |= {"init_mu_std"}
 MAY_BE_ZERO |= {"posterior_steps", "extra_steps", "warmup_iterations", "kl_weight", "regularization", "context_window"}
+FORMAT = 2  # of checkpoints; those without a number were written up to commit 2d14005, which reads them
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "num_threads", "eval_every", "checkpoint_every"}
 MAY_CHANGE_TO_EVALUATE = {"num_test_tasks", "num_eval_steps", "eval_episodes", "deterministic_eval", "test_reward"}
 MAY_CHANGE_TO_EVALUATE |= {"eval_context", "exploration_episodes"}
@@ -1060,13 +1078,41 @@ def fail(message: str) -> NoReturn:
 
 
 def keyed_rng(seed: int, purpose: str, *key: int) -> np.random.Generator:
-    """The generator of one purpose and key. There are no others, so that no draw depends on an earlier one."""
-    return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *key])
+    """The generator of one purpose and key. There are no others, so that no draw depends on an earlier one.
+
+    As a spawn key, (1,) and (1, 0) are two streams; as entropy they would be one.
+    """
+    entropy = [seed, zlib.crc32(purpose.encode())]
+    return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=key))
+
+
+def show(*lines: str):
+    """Print on rank 0. A reader that has gone (head -1) or a full disk does not end the run."""
+    if ranks()[0] == 0 and sys.stdout:
+        try:
+            print(*lines, sep="\n", flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def ranks() -> tuple[int, int]:
     """This process's rank and the number of processes; (0, 1) without torchrun."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def require_torchrun():
+    """End the program if some of torchrun's variables are set, and not all, or not to what it sets them to."""
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    if not found.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}:
+        return
+    if missing := [name for name in names if name not in found]:
+        fail(f"{', '.join(found)} without {', '.join(missing)}: start with torchrun, or unset them")
+    if not all(value.isdecimal() for name, value in found.items() if name != "MASTER_ADDR"):
+        fail(f"no numbers of torchrun: {found}")
+    rank, size, local_rank, local_size = (int(found[name]) for name in names[:4])
+    if not (rank < size and local_rank < local_size <= size):
+        fail(f"RANK {rank} of {size}, LOCAL_RANK {local_rank} of {local_size}: not set by torchrun")
 
 
 def shard(n: int) -> slice:
@@ -1094,10 +1140,22 @@ def task_mean(x: torch.Tensor) -> float:
 
 def parse(args_class, argv: list[str] | None = None):
     """Args from the command line; those of the saved run are the defaults with --resume or --evaluate."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without ± or Greek letters
     args = tyro.cli(args_class, args=argv)
+    words = sys.argv[1:] if argv is None else argv
+    given = {word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+    for flag in ("--resume", "--evaluate"):
+        if flag in given and not getattr(args, flag[2:]):
+            fail(f"{flag}: the name of the folder is empty")
     folder = args.resume or args.evaluate
+    if not folder or "--env-id" in given:
+        sys.path.append(os.getcwd())  # the last place to look for module:Id-v0, if the user named it
     if folder:
         saved = args_class(**load_checkpoint(folder, args_class)["args"])
+        if ":" in str(saved.env_id):
+            show(f"tasks of {folder} come from {module_file(saved.env_id)}")
         args = tyro.cli(args_class, args=argv, default=saved)
         for name in asdict(saved).keys() - MAY_CHANGE - (MAY_CHANGE_TO_EVALUATE if args.evaluate else set()):
             if getattr(args, name) != getattr(saved, name):
@@ -1105,13 +1163,35 @@ def parse(args_class, argv: list[str] | None = None):
     return args
 
 
+def module_file(env_id: str) -> str:
+    """The file of module:Id-v0, found without importing it."""
+    try:
+        return importlib.util.find_spec(env_id.partition(":")[0]).origin
+    except (AttributeError, ImportError, ValueError):
+        lacking = f"{env_id} is not beside the script, nor installed"
+        fail(f"{lacking}; if it is in the working folder, give --env-id {env_id} too")
+
+
+def is_a(value, kind) -> bool:
+    """Whether a flag's value is of its annotation: a type, a Literal, or a union of these."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_args(kind):
+        return any(is_a(value, one) for one in get_args(kind))
+    return type(value) is kind or (type(value) is int and kind is float)
+
+
 def setup(args) -> torch.device:
     """Check the arguments that every script has, seed torch, set threads and device, join the ranks."""
+    require_torchrun()
+    kinds = get_type_hints(type(args))
     for name, value in asdict(args).items():
         flag, zero = f"--{name.replace('_', '-')} {value}", name in MAY_BE_ZERO
+        if not is_a(value, kinds[name]):
+            fail(f"{flag}: must be {getattr(kinds[name], '__name__', kinds[name])}")
         if type(value) in (int, float) and not (0 < value < math.inf or (zero and value == 0)):
             fail(f"{flag}: must be {'0 or more' if zero else 'above 0'}")
-        if name in ("gamma", "gae_lambda", "tau", "expert_gamma") and value > 1:
+        if name in ("gamma", "gae_lambda", "tau", "expert_gamma") and value is not None and value > 1:
             fail(f"{flag}: must be at most 1")
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
@@ -1124,24 +1204,49 @@ def setup(args) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.torch_deterministic)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu")
+    if args.cuda:
+        torch.cuda.set_device(device)  # before any collective, or all ranks meet on the first GPU
     if ranks()[1] > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if args.cuda else "gloo")
         atexit.register(torch.distributed.destroy_process_group)  # its threads can abort a Python that is ending
     return device
 
 
+def layout(state, name: str = "") -> list[str]:
+    """Where what lies in a checkpoint: name, type and, of tensors, dtype and shape of every entry."""
+    if isinstance(state, dict | list | tuple):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return [f"{name} {type(state).__name__}"] + [line for k, x in items for line in layout(x, f"{name}/{k}")]
+    shape = f" {state.dtype} {tuple(state.shape)}" if torch.is_tensor(state) else ""
+    return [f"{name} {type(state).__name__}{shape}"]
+
+
 def load_checkpoint(folder: str, args_class) -> dict:
-    """The last checkpoint of a run of this script, on the CPU; ends the program if there is none."""
+    """The last checkpoint of a run of this script, on the CPU; ends the program if there is none.
+
+    Nothing in it is executed (weights_only). A changed byte shows in the archive's checksums, which torch does not
+    compare, and an entry that was added, lost or reshaped in its layout.
+    """
     path = Path(folder) / "checkpoint.pt"
+    if not path.is_file() and any(Path(folder).glob("events.out.tfevents.*")):
+        fail(f"{folder} was stopped before its first checkpoint: start again, without --resume")
     if not path.is_file():
         fail(f"{folder} is no run: there is no {path}")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["algorithm"] == args_class.exp_name and args_class(**checkpoint["args"]):
-            return checkpoint
+        algorithm, form, args = (checkpoint[name] for name in ("algorithm", "format", "args"))
+        whole = checkpoint.pop("layout") == layout(checkpoint)
+        args_class(**args) if algorithm == args_class.exp_name else None
     except Exception as error:  # a truncated or foreign file raises almost anything
         fail(f"{path} is damaged or no checkpoint of this version ({type(error).__name__})")
-    fail(f"{path} was written by {checkpoint['algorithm']}.py")
+    if algorithm != args_class.exp_name:
+        fail(f"{path} was written by {algorithm}.py")
+    if form != FORMAT or not whole:
+        fail(f"{path} was changed, or is of format {form}; this version reads format {FORMAT}")
+    return checkpoint
 
 
 class Run:
@@ -1154,13 +1259,25 @@ class Run:
         if self.writes:
             name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
             self.folder = Path(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", name))
-            self.writer = SummaryWriter(str(self.folder), purge_step=global_step + 1)  # hides what will be done again
-            rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
-            self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
-            print(f"writing to {self.folder}", flush=True)
-            self.terminal = sys.stdout.isatty()
+            with self.writing():
+                # purge_step hides what will be done again
+                self.writer = SummaryWriter(str(self.folder), purge_step=global_step + 1)
+                rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+                self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
+            show(f"writing to {self.folder}")
+            self.terminal = bool(sys.stdout) and sys.stdout.isatty()
             file = sys.stdout if self.terminal else open(os.devnull, "w")
             self.bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, file=file)
+
+    @contextmanager
+    def writing(self):
+        """Ends the program with one line where the disk is full, the folder read-only, or `runs` a file."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch says "iostream error" of a full disk
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            kept = "; the last checkpoint is kept" if (self.folder / "checkpoint.pt").is_file() else ""
+            fail(f"cannot write to {self.folder}: {reason}{kept}")
 
     def _on_signal(self, number, frame):
         self.signalled = True
@@ -1175,23 +1292,26 @@ class Run:
         now = time.perf_counter()
         self.metrics |= metrics | {"charts/SPS": (global_step - self.first_step) / (now - self.start)}
         if self.writes:
-            for tag in [*metrics, "charts/SPS"]:
-                self.writer.add_scalar(tag, self.metrics[tag], global_step)
+            with self.writing():
+                for tag in [*metrics, "charts/SPS"]:
+                    self.writer.add_scalar(tag, self.metrics[tag], global_step)
             names = {"charts/pre_adaptation_return": "before", "charts/episodic_return": "after adaptation"}
             shown = [f"{name} {self.metrics[tag]:.2f}" for tag, name in names.items() if tag in self.metrics]
             self.bar.set_postfix_str(", ".join(shown), refresh=False)
             self.bar.update(global_step - self.bar.n)
             if not self.terminal and (now - self.printed > 10 or global_step >= self.args.total_timesteps):
                 self.printed = now
-                print(self.bar, flush=True)
+                show(str(self.bar))
 
     def save(self, **state):
         """Replace checkpoint.pt, which is at no moment half written."""
         if self.writes:
-            state |= {"algorithm": type(self.args).exp_name, "args": asdict(self.args) | {"resume": "", "evaluate": ""}}
-            torch.save(state, self.folder / "checkpoint.tmp")
-            os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
-            self.writer.flush()
+            state |= {"algorithm": type(self.args).exp_name, "format": FORMAT}
+            state |= {"args": asdict(self.args) | {"resume": "", "evaluate": ""}}
+            with self.writing():
+                self.writer.flush()  # first: what is logged up to a checkpoint is not logged again
+                torch.save(state | {"layout": layout(state)}, self.folder / "checkpoint.tmp")
+                os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
 
     def close(self):
         for number, handler in self.handlers.items():
@@ -1200,7 +1320,7 @@ class Run:
             self.bar.close()
             self.writer.close()
             if self.signalled and not sys.exc_info()[0]:
-                print(f"stopped; --resume {self.folder} goes on from here")
+                show(f"stopped; --resume {self.folder} goes on from here")
 
 
 def gather_scores(scores: dict[str, torch.Tensor], num_tasks: int) -> dict[str, np.ndarray]:
@@ -1210,16 +1330,41 @@ def gather_scores(scores: dict[str, torch.Tensor], num_tasks: int) -> dict[str, 
     return {name: all_reduce(score)[:, :num_tasks].cpu().numpy() for name, score in sorted(scores.items())}
 
 
-def report(scores: dict[str, np.ndarray], episodes: int, show: bool = False) -> dict[str, float]:
-    """Meta-test scores (K + 1, M) as eval/* metrics, row k after k x episodes; prints them as a table if show."""
+def over_tasks(score: np.ndarray, tasks: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Mean of score (..., M) over M tasks (M, ...), half its 95% interval, and the number of different tasks.
+
+    Copies of a task are averaged first. Student's t, its quantile to 0.2% (Abramowitz and Stegun 26.7.5); below four
+    different tasks the interval is NaN.
+    """
+    _, task, copies = np.unique([task.tobytes() for task in tasks], return_inverse=True, return_counts=True)
+    score = np.stack([np.bincount(task, row) for row in score.reshape(-1, len(tasks))]) / copies
+    n, nu = len(copies), max(len(copies) - 1, 1)
+    quantile = 1.96 + 2.372 / nu + 2.823 / nu**2 + 2.556 / nu**3 + 1.589 / nu**4 if n > 3 else math.nan
+    half = quantile * score.std(1, ddof=int(n > 1)) / n**0.5
+    return score.mean(1), half, n
+
+
+def report(scores: dict[str, np.ndarray], tasks: np.ndarray, episodes: int, printed=False) -> dict[str, float]:
+    """Meta-test scores (K + 1, M), or (M,), of tasks (M, ...) as eval/* metrics; printed, also as a table.
+
+    Row k is what comes after k x episodes.
+    """
     metrics, table = {}, []
     for name, score in scores.items():
-        table.append(f"{name} on {score.shape[1]} held-out tasks, mean and 95% interval over tasks:")
-        for k, (mean, error) in enumerate(zip(score.mean(1), score.std(1) / score.shape[1] ** 0.5, strict=True)):
+        means, halves, different = over_tasks(score, tasks)
+        shown = [f"{x:10.3f}" + f" ± {half:.3f}" * (different > 3) for x, half in zip(means, halves, strict=True)]
+        if score.ndim == 1:
+            metrics[f"eval/{name}"] = float(means[0])
+            table.append(f"{name}: {shown[0].strip()}")
+            continue
+        few = f" ({different} different)" if different < len(tasks) else ""
+        interval = " and 95% interval over tasks" if different > 3 else ""
+        table.append(f"{name} on {len(tasks)} held-out tasks{few}, mean{interval}:")
+        for k, mean in enumerate(means):
             metrics[f"eval/{name}_after_{k * episodes}_episodes"] = float(mean)
-            table.append(f"  after {k * episodes:4d} episodes {mean:10.3f} ± {1.96 * error:.3f}")
-    if show and ranks()[0] == 0:
-        print("\n".join(table), flush=True)
+            table.append(f"  after {k * episodes:4d} episodes {shown[k]}")
+    if printed:
+        show(*table)
     return metrics
 
 

@@ -1,5 +1,6 @@
 """Bad input gets one line before anything is written, and a script works where it is copied to."""
 
+import copy
 import runpy
 import shutil
 import signal
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, environment, load, tiny
+
+import maml_trpo
 
 
 @pytest.fixture
@@ -137,8 +140,33 @@ def folder(train, script):
     return train(script)[0]
 
 
-def test_a_complete_run(refuse, folder):
-    assert "is complete" in refuse(resume=folder)
+def test_a_complete_run_is_meta_tested(train, script, capsys):
+    """A run that was killed after its last checkpoint, before its table was printed."""
+    folder, _ = train(script)
+    before = (folder / "checkpoint.pt").read_bytes()
+    printed = capsys.readouterr().out
+    _, metrics = train(script, resume=folder)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{folder} is complete; its meta-test:"
+    table = [line for line in lines if " ± " in line]
+    assert table == [line for line in printed.splitlines() if " ± " in line] != []
+    assert all(tag.startswith("eval/") for tag in metrics) and metrics
+    assert (folder / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_run_without_a_checkpoint(refuse, folder):
+    (folder / "checkpoint.pt").unlink()
+    for flag in ("resume", "evaluate"):
+        assert "start again, without --resume" in refuse(**{flag: folder})
+
+
+@pytest.mark.parametrize("argv", [["--resume", ""], ["--resume="], ["--evaluate", ""]])
+def test_a_folder_without_a_name(script, argv, tmp_path, monkeypatch):
+    """An unset variable of the shell must not start a run from nothing."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"^error: {argv[0].rstrip('=')}: the name of the folder is empty$"):
+        script.main(script.parse(script.Args, [*tiny(script), *argv]))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flag, value", [("env_id", "Navigation2D-v0"), ("gamma", 0.5), ("num_test_tasks", 6)])
@@ -168,9 +196,120 @@ def test_folders_that_are_no_runs(refuse, folder, flag, tmp_path):
     for content in (whole[: len(whole) // 2], whole[:10], b"", b"\x93random bytes" * 100):
         path.write_bytes(content)
         assert "damaged" in refuse(**{flag: folder})
+    tensors = [x for part in checkpoint.values() if isinstance(part, dict) for x in part.values()]
+    weight = next(x for x in tensors if torch.is_tensor(x) and x.ndim == 2 and x.any())
+    place = whole.index(weight.numpy().tobytes()) + 5
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])  # which torch does not see
+    torch.load(path)
+    assert "damaged" in refuse(**{flag: folder})
     for content in ([1, 2], {"weights": torch.zeros(3)}, checkpoint | {"more": folder}):  # a Path is not only weights
         torch.save(content, path)
         assert "damaged" in refuse(**{flag: folder})
+
+
+def places(state, at=()):
+    """The way to every entry of a nest of dictionaries and lists."""
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
+    for key, value in items:
+        yield (*at, key)
+        yield from places(value, (*at, key))
+
+
+def test_a_checkpoint_with_entries_lost_or_reshaped(train, script, folder, refuse):
+    """One line, wherever in the file it is, and not a traceback from where it is used."""
+    path, checkpoint = folder / "checkpoint.pt", load(folder)
+    every = [place for place in places(checkpoint) if place[0] not in ("args", "layout")]
+    for place in every[:: max(1, len(every) // 25)]:
+        for change in ("lost", "reshaped"):
+            crafted = copy.deepcopy(checkpoint)
+            parent = crafted
+            for key in place[:-1]:
+                parent = parent[key]
+            if change == "lost":
+                del parent[place[-1]]
+            elif torch.is_tensor(parent[place[-1]]):
+                parent[place[-1]] = torch.zeros(3, 1, 2)
+            else:
+                parent[place[-1]] = "another"
+            torch.save(crafted, path)
+            line = refuse(evaluate=folder)
+            assert any(word in line for word in ("damaged", "was changed", "another.py")), (place, line)
+    torch.save(checkpoint | {"args": checkpoint["args"] | {"train_reward": "spars"}}, path)
+    assert "--train-reward spars: must be" in refuse(evaluate=folder)
+    torch.save(checkpoint | {"format": 1}, path)
+    assert "format 1; this version reads format 2" in refuse(evaluate=folder)
+
+
+FOREIGN = """
+import gymnasium as gym, numpy as np, pathlib
+pathlib.Path("imported").touch()
+
+
+class Still(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(-1, 1, (2,))
+
+    def sample_tasks(self, n):
+        return self.np_random.uniform(size=(n, 1))
+
+    def set_task(self, task):
+        self.task = task
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1), {}
+
+    def step(self, action):
+        return np.zeros(1), -float(np.abs(action - self.task).mean()), False, False, {}
+
+
+gym.register("Still-v0", Still, max_episode_steps=10)
+"""
+
+
+def test_a_checkpoint_imports_nothing_from_the_working_folder(script, tmp_path):
+    """Unless --env-id names the module: whoever sends a checkpoint must not choose what is run."""
+    shutil.copy(script.__file__, tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "foreign.py").write_text(FOREIGN)
+    file = f"../{Path(script.__file__).name}"
+    own = ["--env-id", "foreign:Still-v0"]
+    result = run([file, *tiny(script, env_id="foreign:Still-v0")], elsewhere)
+    assert result.returncode == 0, result.stderr
+    (folder,) = (elsewhere / "runs").iterdir()
+    (elsewhere / "imported").unlink()
+    shutil.copy(elsewhere / "foreign.py", folder)
+    for where in (elsewhere, folder):
+        result = run([f"{tmp_path}/{file[3:]}", "--evaluate", folder], where)
+        assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+        assert "give --env-id foreign:Still-v0 too" in result.stderr
+        assert not (where / "imported").exists()
+    result = run([file, "--evaluate", folder, *own], elsewhere)
+    assert result.returncode == 0 and "held-out tasks" in result.stdout, result.stderr
+    assert f"tasks of {folder} come from {elsewhere / 'foreign.py'}" in result.stdout
+
+
+# ------------------------------------------------------------------------------------------------------ where it writes
+
+
+def test_folders_that_cannot_be_written(train, script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").write_text("a file")
+    with pytest.raises(SystemExit, match=r"^error: cannot write to runs/.*: [A-Z].*$"):
+        train(script)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(train, script, folder, monkeypatch):
+    before = (folder / "checkpoint.pt").read_bytes()
+
+    def full(content, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit, match=r"^error: cannot write to .*; the last checkpoint is kept$"):
+        train(script, resume=folder, total_timesteps=640)
+    assert (folder / "checkpoint.pt").read_bytes() == before
 
 
 # ------------------------------------------------------------------------------------------------- as its own process
@@ -199,6 +338,41 @@ def test_a_copy_of_the_script_is_enough(script, tmp_path):
     assert result.stdout.startswith("writing to runs/") and "held-out tasks" in result.stdout
     (folder,) = (tmp_path / "runs").iterdir()
     assert load(folder)["global_step"] == TINY["total_timesteps"]
+
+
+def test_a_reader_that_leaves(script, tmp_path):
+    """python X.py | head -1: training goes on, to its end."""
+    command = [sys.executable, script.__file__, *tiny(script)]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline().startswith("writing to runs/")
+    process.stdout.close()
+    assert (process.wait(60), process.stderr.read()) == (0, "")
+    process.stderr.close()
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert load(folder)["global_step"] == TINY["total_timesteps"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_terminals_without_greek_letters(encoding, tmp_path):
+    """One script stands for all: what prints is the same block in each."""
+    for argv in (["--help"], tiny("maml_trpo")):
+        result = subprocess.run(
+            [sys.executable, maml_trpo.__file__, *argv],
+            cwd=tmp_path,
+            env=environment() | {"PYTHONIOENCODING": encoding},
+            capture_output=True,
+        )
+        assert (result.returncode, result.stderr) == (0, b"")
+
+
+def test_ctrl_c_ends_without_a_traceback(script, tmp_path):
+    """During the imports; and --evaluate, which has nothing to save, leaves it at that."""
+    (tmp_path / "gymnasium.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)")
+    shutil.copy(script.__file__, tmp_path)
+    result = run([Path(script.__file__).name], tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_importing_does_nothing(script, tmp_path, monkeypatch, capfd):

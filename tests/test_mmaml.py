@@ -663,21 +663,21 @@ def test_meta_test(kind, deterministic):
 
 def test_report_of_modes(capsys):
     """Returns of each mode, and the share of tasks whose nearest neighbour is of their mode, itself left out."""
-    modes = np.array([0.0, 0, 1, 1, 1])
+    tasks = np.array([[0, 0.0], [1, 0], [0, 1], [1, 1], [2, 1]])
     embedding = np.array([[0, 0.1, 0.3, 5, 5.2], [0, 0, 0, 1, 1]])  # the third is nearest to the second
     scores = {"return": np.array([[1.0, 2, 3, 4, 5], [2, 4, 6, 8, 10]]), "embedding": embedding}
-    metrics = module.mode_report(scores, modes, 2, 10, show=True)
+    metrics = module.mode_report(scores, tasks, 2, 10, printed=True)
     assert metrics["eval/mode_accuracy"] == pytest.approx(0.8)
     assert metrics["eval/return_after_10_episodes"] == pytest.approx(6)
     assert metrics["eval/return_mode_0_after_10_episodes"] == pytest.approx(3)
     assert metrics["eval/return_mode_1_after_0_episodes"] == pytest.approx(4)
     output = capsys.readouterr().out
-    assert "return_mode_1 on 3 held-out tasks" in output and "mode_accuracy: 0.800 ± 0.351" in output
+    assert "return_mode_1 on 3 held-out tasks, mean:" in output and "mode_accuracy: 0.800 ± 0.555" in output
     assert "embedding" in scores  # still there for the figure
-    assert "eval/mode_accuracy" not in module.mode_report({"return": scores["return"]}, modes, 2, 10)
-    without = module.mode_report(scores, modes, 0, 10)
+    assert "eval/mode_accuracy" not in module.mode_report({"return": scores["return"]}, tasks, 2, 10)
+    without = module.mode_report(scores, tasks, 0, 10)
     assert without.keys() == {"eval/return_after_0_episodes", "eval/return_after_10_episodes"}
-    few = module.mode_report(scores, modes, 3, 10)  # a mode that no task has
+    few = module.mode_report(scores, tasks, 3, 10)  # a mode that no task has
     assert not [tag for tag in few if "mode_2" in tag] and capsys.readouterr().out == ""
 
 

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, environment, load, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 LONG = 10**9
 # the scripts whose draws do not depend on the number of ranks
@@ -283,7 +285,10 @@ def log_and_end(run, *args):
 script.Run.log = log_and_end
 """
 DEATHS = {"SIGKILL": (0, "os.kill(os.getpid(), signal.SIGKILL)")}
-DEATHS["an error of its own"] = (1, 'user_tasks.Ragged.fault = (0, 0, "reward")')  # its lane 0 is the fifth of all
+DEATHS["an error of its own"] = (
+    1,
+    'user_tasks.Ragged.fault = (0, 0, "reward", float("nan"))',
+)  # its lane 0 is the fifth of all
 
 
 @pytest.mark.parametrize("cause", DEATHS)
@@ -300,7 +305,7 @@ def test_a_rank_that_dies_ends_the_others(name, cause, train, tmp_path, double_p
     assert "[rank" not in result.stderr and "terminate called" not in result.stderr, result.stderr
     expected = ["error: lost another rank; --resume goes on from the last checkpoint"]
     if cause != "SIGKILL":
-        expected += ["error: user_tasks:Matrix-v0: reward or observation is not finite in lane 4, step 0"]
+        expected += ["error: user_tasks:Matrix-v0: reward is not finite in lane 4, step 0"]
     lines = sorted(line for line in result.stderr.splitlines() if line.startswith("error:"))
     assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
     stopped = state(folder)
@@ -314,8 +319,100 @@ def test_a_rank_that_dies_ends_the_others(name, cause, train, tmp_path, double_p
 
 
 def test_ranks_that_do_not_divide_the_meta_batch(script, train, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("RANK", "1")
+    for name, value in (TORCHRUN | {"RANK": "1", "WORLD_SIZE": "3"}).items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match=r"^error: --meta-batch-size \d: not divisible by the 3 ranks$"):
         train(script)
     assert not (tmp_path / "runs").exists()
+
+
+# torchrun's variables, all right; each case below spoils them
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+TORCHRUN |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        {"WORLD_SIZE": "2"},
+        {"RANK": "1", "WORLD_SIZE": "2"},
+        {"LOCAL_RANK": "0"},
+        TORCHRUN | {"RANK": "2"},
+        TORCHRUN | {"RANK": "-1"},
+        TORCHRUN | {"WORLD_SIZE": "two"},
+        TORCHRUN | {"WORLD_SIZE": ""},
+        TORCHRUN | {"LOCAL_RANK": "2"},
+        TORCHRUN | {"LOCAL_WORLD_SIZE": "4"},
+        TORCHRUN | {"MASTER_PORT": "none"},
+    ],
+)
+def test_variables_of_torchrun_set_by_accident(script, train, tmp_path, monkeypatch, spoiled):
+    """WORLD_SIZE alone would have waited for another process for ever."""
+    for name, value in spoiled.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=r"^error: .*torchrun.*$"):
+        train(script)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_each_rank_takes_its_own_gpu_before_it_joins_the_others(script, monkeypatch):
+    """Else the first collective of all ranks would sit on the first GPU."""
+    calls = []
+    for name, value in (TORCHRUN | {"RANK": "1", "LOCAL_RANK": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(torch.device(device)))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: calls.append(backend))
+    monkeypatch.setattr(script.atexit, "register", lambda function: None)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
+    script.setup(script.Args(cuda=True, num_threads=1, meta_batch_size=2))
+    assert calls == [torch.device("cuda:1"), "nccl"]
+
+
+def test_keys_of_draws_do_not_alias(script):
+    """A key and the same key with a 0 after it are two streams, as are two purposes."""
+    keys = [(), (0,), (0, 0), (1,), (1, 0), (1, 0, 0), (0, 1)]
+    draws = {script.keyed_rng(seed, purpose, *key).random() for seed in (0, 1) for purpose in "ab" for key in keys}
+    assert len(draws) == 4 * len(keys)
+
+
+def test_what_is_logged_is_flushed_before_the_checkpoint_is_replaced(script, train, monkeypatch):
+    """Killed between the two, a run must not lose the points of its last iteration."""
+    calls, replace, flush = [], os.replace, SummaryWriter.flush
+    monkeypatch.setattr(os, "replace", lambda *names: calls.append("replace") or replace(*names))
+    monkeypatch.setattr(SummaryWriter, "flush", lambda writer: calls.append("flush") or flush(writer))
+    train(script, checkpoint_every=1)
+    assert calls.count("replace") >= 2
+    assert all(calls[i - 1] == "flush" for i, call in enumerate(calls) if call == "replace")
+
+
+# 97.5% quantiles of Student's t by degrees of freedom, from a table
+STUDENT = {3: 3.182, 4: 2.776, 9: 2.262, 19: 2.093, 39: 2.023, 199: 1.972}
+
+
+@pytest.mark.parametrize("nu", STUDENT)
+def test_intervals_are_students(script, nu):
+    rng = np.random.default_rng(nu)
+    score, tasks = rng.normal(size=(2, nu + 1)), rng.normal(size=(nu + 1, 3))
+    mean, half, different = script.over_tasks(score, tasks)
+    assert different == nu + 1
+    np.testing.assert_allclose(mean, score.mean(1))
+    np.testing.assert_allclose(half, STUDENT[nu] * score.std(1, ddof=1) / (nu + 1) ** 0.5, rtol=2e-3)
+
+
+def test_copies_of_a_task_count_once(script, capsys):
+    """HalfCheetahDir has two tasks, however often they are met: their spread says nothing about other tasks."""
+    rng = np.random.default_rng(0)
+    score, tasks = rng.normal(size=(2, 12)), np.tile(rng.normal(size=(6, 2)), (2, 1))
+    mean, half, different = script.over_tasks(score, tasks)
+    once = script.over_tasks(score.reshape(2, 2, 6).mean(1), tasks[:6])
+    np.testing.assert_allclose((mean, half), once[:2])
+    assert different == once[2] == 6
+    for n in (1, 2, 3):
+        metrics = script.report({"return": score[:, :n], "extra": score[0, :n]}, tasks[:n], 10, printed=True)
+        table = capsys.readouterr().out
+        assert "±" not in table and "interval" not in table and f"return on {n} held-out tasks, mean:" in table
+        assert metrics["eval/return_after_10_episodes"] == pytest.approx(score[1, :n].mean())
+        assert metrics["eval/extra"] == pytest.approx(score[0, :n].mean())
+    script.report({"return": score}, np.tile(tasks[:2], (6, 1)), 10, printed=True)
+    assert "return on 12 held-out tasks (2 different), mean:" in capsys.readouterr().out

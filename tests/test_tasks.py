@@ -389,15 +389,29 @@ def test_sparse_rewards_where_there_are_any(script, train, env_id):
     train(script, env_id=env_id, train_reward="sparse", test_reward="sparse")
 
 
-@pytest.mark.parametrize("what", ["reward", "observation"])
-def test_a_value_that_is_not_finite_stops_the_run(script, train, monkeypatch, what):
+@pytest.mark.parametrize("value", [np.nan, -1e39])
+@pytest.mark.parametrize("what", ["reward", "observation", "sparse reward"])
+def test_a_value_that_is_not_finite_stops_the_run(script, train, monkeypatch, what, value):
+    """Nor one that is not in single precision; and the last checkpoint stays as it was."""
     folder, _ = train(script, env_id="user_tasks:Asymmetric-v0", total_timesteps=1)
     saved = load(folder)
     monkeypatch.setattr(Ragged, "made", [])  # numbers the lanes from 0 again
-    monkeypatch.setattr(Ragged, "fault", (3, 1, what))
-    with pytest.raises(SystemExit, match="not finite in lane 3, step 1") as error:
+    monkeypatch.setattr(Ragged, "fault", (3, 2, what, value))
+    with pytest.raises(SystemExit, match=f"{what} is not finite in lane 3, step 2") as error:
         train(script, resume=folder, total_timesteps=saved["global_step"] + 1)
     assert str(error.value).startswith("error: user_tasks:Asymmetric-v0") and "\n" not in str(error.value)
     assert load(folder)["global_step"] == saved["global_step"]
     monkeypatch.setattr(Ragged, "fault", ())
     train(script, resume=folder, total_timesteps=saved["global_step"] + 1)
+
+
+def test_actions_that_are_not_finite_are_the_policys_fault(script, train, monkeypatch):
+    """A policy that has diverged is named, not the first environment that it acts in."""
+
+    class Diverged(np.random.Generator):
+        def normal(self, *args, **kwargs):  # the noise of actions
+            return np.nan * super().normal(*args, **kwargs)
+
+    monkeypatch.setattr(script, "keyed_rng", lambda *key: Diverged(np.random.PCG64(0)))
+    with pytest.raises(SystemExit, match=r"^error: the policy has diverged, its actions are not finite"):
+        train(script)
