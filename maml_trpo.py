@@ -10,7 +10,8 @@ gives a policy φ that is good at this task. Each iteration:
 (4) Adapt: one gradient step per task on the inner loss, φ_i = θ - α ∇L_i(θ).
     Further inner steps repeat (2)-(4) from φ_i.
 (5) Collect E new episodes in every task with the adapted policy φ_i, and their advantages as in (3).
-(6) Meta-gradient, through (4), of the surrogate S(θ) = -mean over i and t of π_φi(θ)(a|o) / π_old(a|o) A.
+(6) Meta-gradient of the surrogate S(θ) = -mean over i and t of π_φi(θ)(a|o) / π_old(a|o) A, through
+    (4), in which advantages are constants (--inner-loss lvc-std: all but their standardisation).
 (7) Natural gradient: conjugate gradient on H x = ∇S. H = mean over i of J_iᵀ F_i J_i is the exact Hessian at θ of
     the KL between old and new adapted policies; J_i maps θ to what φ_i does, F_i is the Fisher matrix of that.
 (8) Line search along x: take the first step that lowers S and keeps the KL within δ. Every trial adapts anew.
@@ -117,8 +118,8 @@ class Args:
     """K, adaptation steps in training"""
     inner_lr: float = 0.1
     """α, step size of the adaptation"""
-    inner_loss: Literal["lvc", "logli"] = "lvc"
-    """inner loss: lvc (likelihood ratio) or logli (log-likelihood, the paper's); same step, other meta-gradient"""
+    inner_loss: Literal["lvc", "logli", "lvc-std"] = "lvc"
+    """lvc: likelihood ratio; logli: log-likelihood (the paper's); lvc-std: lvc, std(A) no constant"""
     first_order: bool = False
     """drop the second derivatives: treat the inner gradient as a constant"""
     learn_inner_lr: bool = False
@@ -205,21 +206,32 @@ def collect(params, tasks, rng, envs, policy, horizon, gamma, gae_lambda, reward
     return batch
 
 
-def inner_loss(params, batch, policy, kind) -> torch.Tensor:
-    """L of one task, batch without its task axis: a mean over the task's steps.
+def inner_loss(params, batch, policy, kind) -> tuple[torch.Tensor, torch.Tensor]:
+    """L of one task, batch without its task axis, a mean over its steps; and σ_A for inner_step.
 
     logli: -log π(a|o) A. lvc: -π(a|o) / π_old(a|o) A, with the same gradient at π = π_old, where it is taken, but a
     Hessian that keeps the ∇log π ∇log πᵀ A that logli drops (ProMP, arXiv 1810.06784).
+    σ_A² = E_θ[A²] - E_θ[A]², where E_θ[f] = E_old[π / π_old f] and E_old[A²] = 1.
     """
     logprobs = policy.distribution(functional_call(policy, params, (batch["obs"],))).log_prob(batch["actions"])
     difference = (logprobs - batch["logprobs"]) * batch["mask"]  # exp of a padded step could be infinite
-    objective = torch.exp(difference) if kind == "lvc" else logprobs
-    return -masked_mean(objective * batch["advantages"], batch["mask"])
+    ratio, advantages = torch.exp(difference), batch["advantages"]
+    mean = partial(masked_mean, mask=batch["mask"])
+    # the 1 in place of mean(A²) makes it 1 where all A are 0, too
+    variance = 1 + mean((ratio - 1) * advantages**2) - mean(ratio * advantages) ** 2
+    return -mean((logprobs if kind == "logli" else ratio) * advantages), variance.sqrt()
 
 
 def inner_step(params, batch, lr, policy, kind, first_order=False) -> dict:
-    """(4) φ = θ - α ∇L(θ) for one task; lr: α by name, a number or a tensor."""
-    grads = grad(inner_loss)(params, batch, policy, kind)
+    """(4) φ = θ - α ∇L(θ) for one task; lr: α by name, a number or a tensor.
+
+    lvc-std: α ∇L(θ) / σ_A(θ), L as with lvc. A has been divided by its standard deviation, which
+    depends on θ; σ_A(θ) is that in units of its value at π_old. There it is 1, so that the step is
+    that of lvc, but not its derivative.
+    """
+    grads, std = grad(inner_loss, has_aux=True)(params, batch, policy, kind)
+    if kind == "lvc-std":
+        grads = {name: g / std for name, g in grads.items()}
     return {name: p - lr[name] * (grads[name].detach() if first_order else grads[name]) for name, p in params.items()}
 
 

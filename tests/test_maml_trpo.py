@@ -79,13 +79,16 @@ def valid_steps(batch):
 
 
 def plain_gradient(policy, params, batch, kind):
-    """∇L of one task."""
+    """∇L of one task, with lvc-std over the standard deviation of A under the policy of params."""
     params, batch = {name: p.detach().requires_grad_() for name, p in params.items()}, valid_steps(batch)
     objective = log_density(policy, functional_call(policy, params, (batch["obs"],)), batch["actions"])
-    if kind == "lvc":
+    if kind != "logli":
         objective = (objective - batch["logprobs"]).exp()
     loss = -(objective * batch["advantages"]).mean()
-    return dict(zip(params, torch.autograd.grad(loss, tuple(params.values())), strict=True))
+    gradients = torch.autograd.grad(loss, tuple(params.values()))
+    variance = (objective * batch["advantages"] ** 2).mean() - loss**2
+    std = variance.sqrt().item() if kind == "lvc-std" else 1
+    return {name: g / std for name, g in zip(params, gradients, strict=True)}
 
 
 def plain_adaptation(problem, vector, i, gradients=None):
@@ -153,6 +156,12 @@ def make_batch(policy, params, n, e=3, t=4):
     return {name: x.detach() for name, x in batch.items()} | {"logprobs": log_density(policy, dist, actions).detach()}
 
 
+def standardise(advantages, mask):
+    """As standardised_advantages does."""
+    centred = (advantages - module.masked_mean(advantages, mask, (1, 2), True)) * mask
+    return centred / module.masked_mean(centred**2, mask, (1, 2), True).sqrt()
+
+
 def make_problem(discrete=False, num_steps=1, kind="lvc", first_order=False, learn=False, lr=0.5, n=3, **sizes):
     """A small policy, its meta-parameters, and batches collected on the way of its adaptation to n tasks."""
     space = gym.spaces.Discrete(3) if discrete else gym.spaces.Box(-1, 1, (2,))
@@ -165,6 +174,8 @@ def make_problem(discrete=False, num_steps=1, kind="lvc", first_order=False, lea
     problem.vector = parameters_to_vector(meta.values())
     for k in range(num_steps + 1):
         batch = make_batch(policy, params, n, **sizes)
+        if kind == "lvc-std":  # which relies on it
+            batch["advantages"] = standardise(batch["advantages"], batch["mask"])
         if k < num_steps:
             problem.inner.append(batch)
             adapted = [plain_adaptation(problem, problem.vector, i)[0] for i in range(n)]
@@ -211,9 +222,10 @@ def error(x, y):
 
 VARIANTS = [
     {"kind": kind, "num_steps": num_steps, "learn": learn}
-    for kind in ("lvc", "logli")
+    for kind in ("lvc", "logli", "lvc-std")
     for num_steps, learn in ((0, False), (1, False), (1, True), (2, False), (2, True))
 ] + [{"discrete": True, "kind": "lvc"}, {"discrete": True, "kind": "logli", "num_steps": 2}]
+VARIANTS += [{"discrete": True, "kind": "lvc-std", "num_steps": 2}]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
@@ -260,6 +272,65 @@ def test_inner_losses_have_one_gradient_and_two_hessians(update):
     assert error(update(problem).gradient, gradient) > 0.01
 
 
+@pytest.mark.parametrize("std", [0.1, 0.3])
+def test_lvc_std_has_the_jacobian_of_the_whole_inner_step(std):
+    """Sampling a = μ + s ε, standardising, stepping: on r = -(a - g)² lvc has the wrong sign.
+
+    With d = g - μ and the exact baseline E[r], σ_A² = 2s⁴ + 4s²d² and μ' = μ + 2αd / σ_A. lvc has
+    1 - 2α / σ_A, as if σ_A did not depend on μ, and logli 1.
+    """
+    goal, lr, n, name = 0.25, 0.1, 20_000, "net.4.bias"  # with o = 0 that bias is μ
+    policy = module.Policy(1, gym.spaces.Box(-1, 1, (1,)), 4, std)
+    eps = torch.special.ndtri((torch.arange(n) + 0.5) / n).view(n, 1, 1)  # a normal law's quantiles
+
+    def episodes(mean):
+        """One step each, (E, T) = (n, 1)."""
+        actions, params = mean + std * eps, {name: mean.view(1)}
+        batch = {"obs": torch.zeros(n, 1, 1), "actions": actions, "mask": torch.ones(n, 1)}
+        batch["rewards"] = -((actions - goal) ** 2).squeeze(-1)
+        tasks = {key: x.unsqueeze(0) for key, x in batch.items()}
+        dist = functional_call(policy, params, (batch["obs"],))
+        batch["advantages"] = module.standardised_advantages(tasks, 0.99, 1.0)[0]
+        return batch | {"logprobs": log_density(policy, dist, actions).detach()}
+
+    def adapted(mean, batch, kind):
+        params = {name: mean.view(1)}
+        return module.inner_step(params, batch, {name: lr}, policy, kind)[name].squeeze()
+
+    mean, h = torch.tensor(0.0), 1e-4
+    whole = [adapted(mean + x, episodes(mean + x), "lvc") for x in (h, -h)]
+    kinds = ("lvc", "logli", "lvc-std")
+    jacobian = {kind: jacrev(adapted)(mean, episodes(mean), kind).item() for kind in kinds}
+
+    sigma = std * math.sqrt(2 * std**2 + 4 * goal**2)
+    true = 1 - 4 * lr * std**4 / sigma**3
+    assert true == pytest.approx({0.1: 0.715, 0.3: 0.574}[std], abs=1e-3)
+    assert ((whole[0] - whole[1]) / (2 * h)).item() == pytest.approx(true, abs=2e-3)
+    expected = {"lvc": 1 - 2 * lr / sigma, "logli": 1, "lvc-std": true}
+    assert jacobian == pytest.approx(expected, abs=5e-3)
+    assert jacobian["lvc"] < 0 < 0.5 < jacobian["lvc-std"] < 0.8
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_lvc_std_takes_the_steps_of_lvc_with_another_jacobian(discrete):
+    """Both inner steps, as σ_A is 1 wherever a batch was collected. first_order leaves nothing."""
+    problem = make_problem(discrete, num_steps=2, kind="lvc-std")
+    both = problem.dist_of, partial(problem.dist_of, kind="lvc")
+    assert error(*(f(problem.vector) for f in both)) < 1e-12
+    assert error(*(jacrev(f)(problem.vector) for f in both)) > 0.01
+    first_order = (partial(f, first_order=True) for f in both)
+    assert error(*(jacrev(f)(problem.vector) for f in first_order)) < 1e-12
+
+
+def test_lvc_std_where_a_task_has_no_advantages():
+    """As without any reward: the task's step is 0, whatever θ, and nothing is divided by 0."""
+    problem = make_problem(kind="lvc-std")
+    problem.inner[0]["advantages"][1] = 0
+    both = problem.dist_of, partial(problem.dist_of, inner_batches=[])
+    assert error(*(f(problem.vector)[1] for f in both)) < 1e-12
+    assert error(*(jacrev(f)(problem.vector)[1] for f in both)) < 1e-12
+
+
 def test_without_inner_steps_it_is_trpo(update):
     """An inner step size of 0 gives the gradient and the step of no adaptation at all."""
     problem = make_problem(num_steps=2, lr=0.0)
@@ -274,7 +345,7 @@ def test_without_inner_steps_it_is_trpo(update):
 
 
 @pytest.mark.parametrize("variant", [{}, {"num_steps": 2}, {"learn": True}, {"discrete": True}], ids=str)
-@pytest.mark.parametrize("kind", ["lvc", "logli"])
+@pytest.mark.parametrize("kind", ["lvc", "logli", "lvc-std"])
 def test_fisher_product(update, kind, variant):
     """The product is with JᵀFJ + damping, and JᵀFJ is the Hessian of the KL."""
     problem = make_problem(n=2, kind=kind, **variant)
@@ -436,30 +507,35 @@ def test_initial_policy():
 # ---------------------------------------------------------------------------------------------------- tasks in parallel
 
 
-@pytest.mark.parametrize("kind", ["lvc", "logli"])
+@pytest.mark.parametrize("kind", ["lvc", "logli", "lvc-std"])
 def test_inner_steps_of_many_tasks_are_those_of_each(kind):
-    """vmap over tasks with parameters of their own equals a loop; another task's data changes nothing."""
+    """vmap over tasks equals a loop; another task's data changes nothing.
+
+    The tasks' parameters are not those that collected, as in a trial of the line search.
+    """
     problem = make_problem(kind=kind)
+    params = {name: p + 0.1 * torch.randn_like(p) for name, p in problem.adapted.items()}
     lr = {name: 0.1 + torch.rand_like(p) for name, p in problem.meta.items()}
     step = vmap(partial(module.inner_step, lr=lr, policy=problem.policy, kind=kind))
     batch = {name: x.clone() for name, x in problem.outer.items()}
-    adapted = step(problem.adapted, batch)
+    adapted = step(params, batch)
     for i in range(problem.n):
-        theta = of_task(problem.adapted, i)
+        theta = of_task(params, i)
         gradient = plain_gradient(problem.policy, theta, of_task(batch, i), kind)
         for name, p in theta.items():
             torch.testing.assert_close(adapted[name][i], p - lr[name] * gradient[name])
     batch["advantages"][1] *= -3
-    again = step(problem.adapted, batch)
+    again = step(params, batch)
     for name in adapted:
         assert torch.equal(adapted[name][[0, 2]], again[name][[0, 2]])
-        assert not torch.equal(adapted[name][1], again[name][1])
+        assert (adapted[name][1] - again[name][1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["lvc", "lvc-std"])
 @pytest.mark.parametrize("sizes", [{}, {"e": 3, "t": 1000}], ids=str)
-def test_adapted_distributions_of_many_tasks_are_those_of_each(sizes):
+def test_adapted_distributions_of_many_tasks_are_those_of_each(kind, sizes):
     """So too after two inner steps, with the gradient, and when the tasks (here 3 x 3000 steps) go in chunks."""
-    problem = make_problem(num_steps=2, **sizes)
+    problem = make_problem(num_steps=2, kind=kind, **sizes)
     dist, pull = vjp(problem.dist_of, problem.vector)
     cotangent, gradient = torch.randn_like(dist), torch.zeros_like(problem.vector)
     torch.testing.assert_close(dist, problem.outer["dist"])
@@ -476,14 +552,15 @@ def test_adapted_distributions_of_many_tasks_are_those_of_each(sizes):
     assert changed[[0, 2]].max() < 1e-12
 
 
-def test_padding_is_without_influence(update):
+@pytest.mark.parametrize("kind", ["lvc", "lvc-std"])
+def test_padding_is_without_influence(update, kind):
     """Garbage after the episodes' ends changes neither advantages nor inner step nor meta-update."""
-    problem = make_problem()
+    problem = make_problem(kind=kind)
     before = update(problem, cg_damping=0.1)
     batch = problem.outer | {"rewards": torch.randn(problem.n, 3, 4) * problem.outer["mask"]}
     advantages = module.standardised_advantages(batch, 0.9, 0.8)
     lr = dict.fromkeys(problem.meta, 0.5)
-    step = partial(module.inner_step, batch=of_task(batch, 0), lr=lr, policy=problem.policy, kind="lvc")
+    step = partial(module.inner_step, batch=of_task(batch, 0), lr=lr, policy=problem.policy, kind=kind)
     theta = of_task(problem.adapted, 0)
     adapted = step(theta)
 
