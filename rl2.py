@@ -148,7 +148,7 @@ UNSET = {  # what a flag is if it is not given: on bandits, on TabularMDP-v0, el
 
 def with_defaults(args: Args) -> Args:
     """args with values in place of None."""
-    kind = 0 if args.env_id.startswith("Bandit") else 1 if args.env_id == "TabularMDP-v0" else 2
+    kind = 0 if BANDITS.fullmatch(args.env_id) else 1 if args.env_id == "TabularMDP-v0" else 2
     args = replace(args, **{name: of[kind] for name, of in UNSET.items() if getattr(args, name) is None})
     scores = args.episodes_per_task // max(1, args.eval_episodes)
     return replace(args, num_eval_steps=max(0, scores - 1)) if args.num_eval_steps is None else args
@@ -420,7 +420,8 @@ def main(args: Args) -> dict[str, float]:
     collect_test = partial(play, episodes=num_scores * args.eval_episodes, reward=args.test_reward)
     collect_test = partial(collect_test, deterministic=args.deterministic_eval)
     meta_test = partial(evaluate, test_tasks, collect_test, n, num_scores, args.seed)
-    best = horizon * num_scores * args.eval_episodes * test_tasks.max(1) if args.env_id.startswith("Bandit") else None
+    pulls = horizon * num_scores * args.eval_episodes
+    best = pulls * test_tasks.max(1) if isinstance(envs, BanditEnvs) else None
     loss = partial(ppo_loss, clip_coef=args.clip_coef, vf_coef=args.vf_coef)
     ppo = {"epochs": args.update_epochs, "num_minibatches": args.num_minibatches, "max_grad_norm": args.max_grad_norm}
     if args.evaluate:
@@ -1119,6 +1120,9 @@ def gae(rewards, values, mask, gamma: float, gae_lambda: float) -> torch.Tensor:
 # ======================================================================================================================
 
 
+BANDITS = re.compile(r"Bandit([1-9]\d*)Arms([1-9]\d*)-v0")  # their ids
+
+
 class BanditEnvs(TaskEnvs):
     """Bandit{k}Arms{n}-v0: n pulls of k arms that pay 1 with a probability of their own, U[0, 1], and else 0.
 
@@ -1127,7 +1131,7 @@ class BanditEnvs(TaskEnvs):
     """
 
     def __init__(self, env_id: str, num_envs: int, lanes: slice):
-        self.arms, pulls = map(int, re.findall(r"\d+", env_id)[:2])
+        self.arms, pulls = map(int, BANDITS.fullmatch(env_id).groups())
         nothing = gym.spaces.Box(0, 0, (0,), np.float64)
         super().__init__(env_id, num_envs, lanes, pulls, nothing, gym.spaces.Discrete(self.arms))
 
@@ -1174,7 +1178,7 @@ class TabularMDPEnvs(TaskEnvs):
 
 def make_trial_envs(env_id: str, num_envs: int, num_threads: int = 0, lanes: slice = slice(None)) -> TaskEnvs:
     """make_envs, and the families above."""
-    if re.fullmatch(r"Bandit[1-9]\d*Arms[1-9]\d*-v0", env_id):
+    if BANDITS.fullmatch(env_id):
         return BanditEnvs(env_id, num_envs, lanes)
     if env_id == "TabularMDP-v0":
         return TabularMDPEnvs(env_id, num_envs, lanes)

@@ -4,6 +4,7 @@ import inspect
 import itertools
 from functools import partial
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import load
 from gymnasium.spaces import Box, Discrete
 from rl2_references import bandit_optimum
 from torch import nn
+from user_tasks import Ragged
 
 import rl2
 from rl2 import Agent, Memory, collect, evaluate, gae, keyed_rng, make_trial_envs, moments, ppo_loss, update
@@ -429,12 +431,23 @@ def test_what_a_trial_comes_to(train, capsys):
     assert "eval/improvement" not in metrics
 
 
+def test_a_family_of_your_own_is_no_bandit_by_its_name(train, monkeypatch):
+    """It has no best arm that regret could be measured by."""
+    with monkeypatch.context() as patch:
+        patch.setattr(gym.envs.registration, "registry", dict(gym.registry))
+        gym.register("BanditMine-v0", Ragged, max_episode_steps=12)
+        _, metrics = train(rl2, env_id="BanditMine-v0")
+    assert "eval/trial_return" in metrics and "eval/regret" not in metrics
+
+
 @pytest.mark.parametrize(
     "env_id, expected",
     [
         ("Bandit2Arms3-v0", (1000, 1, 20_000, 0.3, 0)),
         ("TabularMDP-v0", (500, 10, 20_000, 0.3, 9)),
         ("PointRobot-v0", (100, 2, 40, 0.95, 1)),
+        ("BanditMine-v0", (100, 2, 40, 0.95, 1)),
+        ("Bandits:Bandit2Arms3-v0", (100, 2, 40, 0.95, 1)),
     ],
 )
 def test_what_is_not_given(env_id, expected):
