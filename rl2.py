@@ -21,7 +21,7 @@ Evaluate:  python rl2.py --evaluate runs/NAME
 
 Differs from the paper in: PPO (the paper: TRPO), policy and value on one recurrent net (--separate-value: on two), a
 smaller net, on TabularMDP-v0 with a layer before and after the recurrent one, and a first iteration that only measures
-the units of observations and values. The list: docs/rl2.md.
+the units of observations, rewards and values. The list: docs/rl2.md.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Args:
     gae_lambda: float | None = None
     """λ of generalised advantage estimation (unset: the paper's 0.3 on bandits and TabularMDP-v0, 0.95 elsewhere)"""
     normalize_advantage: bool = True
-    """standardise advantages over all steps of an iteration"""
+    """standardise advantages over an iteration's steps (off: divide by the unit of values)"""
     learning_rate: float = 2e-3
     """step size of Adam"""
     update_epochs: int = 4
@@ -225,8 +225,11 @@ class Agent(nn.Module):
         nn.init.zeros_(self.actor.bias)
         if not self.discrete:
             self.log_std = nn.Parameter(torch.full((self.action_size,), math.log(init_std)))
-        self.register_buffer("obs_mean", torch.zeros(obs_size))  # units of observations and values, measured by main
-        self.register_buffer("obs_std", torch.ones(obs_size))
+        # units, measured by main; until then observations and rewards are 0 in an input
+        self.register_buffer("obs_mean", torch.zeros(obs_size))
+        self.register_buffer("obs_std", torch.full((obs_size,), torch.inf))
+        self.register_buffer("reward_mean", torch.zeros(()))
+        self.register_buffer("reward_std", torch.tensor(torch.inf))
         self.register_buffer("value_mean", torch.zeros(()))
         self.register_buffer("value_std", torch.ones(()))
 
@@ -264,12 +267,18 @@ class Agent(nn.Module):
 # ------------------------------------------------------------------------------------------------------- the algorithm
 
 
+def in_units(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """x less its mean in multiples of its standard deviation, clipped to ±10."""
+    return ((x - mean) / std).clamp(-10, 10)
+
+
 def collect(agent, tasks, rng, envs, episodes, horizon, reward, deterministic=False) -> tuple[dict, dict]:
     """(2) A trial of E episodes in each of N tasks; tasks: (N, task size).
 
-    Returns the steps of the trials without gaps: inputs (N, S, X), actions (N, S, A) or (N, S), logprobs, values,
-    rewards and mask (N, S), 0 after a trial's end. And scores of the episodes (N, E): return, length and, where tasks
-    report it, success at any step.
+    Returns the steps of the trials without gaps: obs (N, S, O) and rewards (N, S) as they are,
+    inputs (N, S, X) with both in units, actions (N, S, A) or (N, S), logprobs, values and mask
+    (N, S), 0 after a trial's end. And scores of the episodes (N, E): return, length and, where
+    tasks report it, success at any step.
     """
     n, like = len(tasks), agent.actor.weight
     tensor = partial(torch.as_tensor, dtype=like.dtype, device=like.device)
@@ -281,14 +290,16 @@ def collect(agent, tasks, rng, envs, episodes, horizon, reward, deterministic=Fa
         noise = draw(size=(envs.total_lanes, horizon, agent.action_size))[envs.lanes] * (not deterministic)
         noise, alive = tensor(noise), np.ones(n, bool)
         for t in range(horizon):
-            inputs = torch.cat([((tensor(obs) - agent.obs_mean) / agent.obs_std).clamp(-10, 10), last], -1)
+            seen = tensor(obs)
+            inputs = torch.cat([in_units(seen, agent.obs_mean, agent.obs_std), last], -1)
             dist, values, new_state = agent(inputs[:, None], state)
             actions = agent.act(dist[:, 0], noise[:, t])
             obs, rewards, terminated, truncated, info = envs.step(require_finite_actions(actions.cpu().numpy()))
             require_finite(envs, {"observations": obs, "rewards": rewards, **info}, alive, tasks, t)
             rewards = (info.get("sparse_reward", np.zeros(n)) if reward == "sparse" else rewards) * alive
-            step = {"inputs": inputs, "actions": actions, "values": values[:, 0], "rewards": tensor(rewards)}
-            step |= {"logprobs": agent.distribution(dist[:, 0]).log_prob(actions), "mask": tensor(alive)}
+            step = {"obs": seen, "inputs": inputs, "actions": actions, "values": values[:, 0]}
+            step |= {"logprobs": agent.distribution(dist[:, 0]).log_prob(actions)}
+            step |= {"rewards": tensor(rewards), "mask": tensor(alive)}
             for name, x in step.items():
                 steps.setdefault(name, []).append(x)
             scores["return"][:, episode] += rewards
@@ -299,7 +310,8 @@ def collect(agent, tasks, rng, envs, episodes, horizon, reward, deterministic=Fa
 
             # a lane whose episode has ended waits for the others, and its hidden state stays as it is
             ended = terminated | truncated | (t + 1 == horizon) | info.get("episode_end", False)
-            news = [agent.feedback(actions), tensor(rewards)[:, None], tensor(ended)[:, None]]
+            paid = in_units(tensor(rewards), agent.reward_mean, agent.reward_std)
+            news = [agent.feedback(actions), paid[:, None], tensor(ended)[:, None]]
             news = torch.cat([*news, inputs[:, : agent.last_obs_size]], -1)
             awake = torch.as_tensor(alive, device=like.device)[:, None]
             state, last = torch.where(awake, new_state, state), torch.where(awake, news, last)
@@ -314,10 +326,14 @@ def collect(agent, tasks, rng, envs, episodes, horizon, reward, deterministic=Fa
 
 
 def moments(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (...) of x (N, S, ...) over the valid steps of all trials, other ranks included."""
+    """Mean and standard deviation (...) of x (N, S, ...) over the valid steps, of all ranks.
+
+    The latter, by which to divide, is 1 where it is 0 or no more than rounding.
+    """
     count, mask = all_reduce(mask.sum()), mask.view(*mask.shape, *[1] * (x.ndim - 2))
     mean = all_reduce((x * mask).sum((0, 1))) / count
-    return mean, (all_reduce(((x - mean) ** 2 * mask).sum((0, 1))) / count).sqrt()
+    std = (all_reduce(((x - mean) ** 2 * mask).sum((0, 1))) / count).sqrt()
+    return mean, torch.where(std > 1e-5 * mean.abs(), std, 1)
 
 
 def ppo_loss(agent, batch, count, clip_coef, vf_coef, ent_coef) -> tuple[torch.Tensor, torch.Tensor]:
@@ -442,17 +458,20 @@ def main(args: Args) -> dict[str, float]:
             batch, scores = collect_train(tasks[shard(n)], keyed_rng(args.seed, "train", iteration))
             collected = time.perf_counter()
 
-            if iteration == 1:  # the first trials are for the units of observations and values alone
-                agent.obs_mean, std = moments(batch["inputs"][..., :obs_size], batch["mask"])
-                agent.obs_std = torch.where(std > 1e-3, std, 1)
-                agent.value_mean, std = moments(discounted_sum(batch["rewards"], args.gamma), batch["mask"])
-                agent.value_std, losses = torch.where(std > 1e-3, std, 1), {}
+            if iteration == 1:  # the first trials are for the units alone
+                agent.obs_mean, agent.obs_std = moments(batch["obs"], batch["mask"])
+                agent.reward_mean, agent.reward_std = moments(batch["rewards"], batch["mask"])
+                returns = discounted_sum(batch["rewards"], args.gamma)
+                agent.value_mean, agent.value_std = moments(returns, batch["mask"])
+                losses = {}
             else:
                 # (3) advantages over the whole trial
                 advantages = gae(batch["rewards"], batch["values"], batch["mask"], args.gamma, args.gae_lambda)
                 batch["returns"] = advantages + batch["values"]
-                mean, std = moments(advantages, batch["mask"]) if args.normalize_advantage else (0, 1)
-                batch["advantages"] = (advantages - mean) / (std + 1e-8)
+                mean, std = 0, agent.value_std
+                if args.normalize_advantage:
+                    mean, std = moments(advantages, batch["mask"])
+                batch["advantages"] = (advantages - mean) / std
 
                 # (4), (5) PPO
                 rng = keyed_rng(args.seed, "minibatches", iteration)

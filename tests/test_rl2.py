@@ -33,6 +33,8 @@ def make_agent(envs, separate_value=False, embedding_size=0):
     agent = Agent(obs_size, action_space, 30, 8, separate_value, embedding_size=embedding_size)
     for p in agent.parameters():  # as if trained: every path matters
         nn.init.normal_(p, std=0.5)
+    agent.obs_std.fill_(1)
+    agent.reward_mean, agent.reward_std = torch.tensor(-0.5), torch.tensor(0.25)
     return agent
 
 
@@ -58,7 +60,7 @@ RAGGED = ["user_tasks:Matrix-v0", "user_tasks:Discrete-v0"]
 def test_what_the_policy_sees(env_id, embedding_size):
     """The last action, reward and end at every step but the first, across the ends of episodes, with no gaps.
 
-    For an embedding the last observation too.
+    Rewards in their units, clipped to ±10. For an embedding the last observation too.
     """
     agent, batch, scores = play(env_id, embedding_size=embedding_size)
     last_size = agent.action_size + 2
@@ -78,7 +80,8 @@ def test_what_the_policy_sees(env_id, embedding_size):
         ends[scores["length"][trial].cumsum(0).long() - 1] = 1
         assert (last[0] == 0).all()
         torch.testing.assert_close(last[1:, :-2], fed_back[: length - 1])
-        torch.testing.assert_close(last[1:, -2], rewards[: length - 1])
+        paid = ((rewards[: length - 1] + 0.5) / 0.25).clamp(-10, 10)
+        torch.testing.assert_close(last[1:, -2], paid)
         torch.testing.assert_close(last[1:, -1], ends[:-1])
         starts = scores["length"][trial].cumsum(0).long()
         parts = [part.sum() for part in rewards[:length].tensor_split(starts[:-1])]
@@ -188,9 +191,16 @@ def test_gae_is_the_sum_over_the_rest_of_the_trial():
 
 
 def test_moments_of_the_valid_steps():
-    x, mask = torch.randn(5, 7) * 3 + 2, (torch.rand(5, 7) > 0.3).double()
-    valid = x[mask == 1]
-    torch.testing.assert_close(torch.stack(moments(x, mask)), torch.stack([valid.mean(), valid.std(correction=0)]))
+    """Small ones too; a standard deviation of 1 for what varies by rounding alone."""
+    mask = (torch.rand(5, 7) > 0.3).double()
+    for scale in (3, 3e-7):
+        x = scale * (torch.randn(5, 7) + 2)
+        valid = x[mask == 1]
+        expected = torch.stack([valid.mean(), valid.std(correction=0)])
+        torch.testing.assert_close(torch.stack(moments(x, mask)), expected, atol=0, rtol=1e-9)
+    for constant in (0, 0.1, -1e-7, 1e7 / 3):
+        mask = torch.ones(1000, 100, dtype=torch.float32)
+        assert moments(constant * mask, mask)[1] == 1
 
 
 def test_the_initial_weights():
@@ -225,10 +235,13 @@ def test_memory_with_an_embedding():
     torch.testing.assert_close(state, after)
 
 
-def test_the_units_of_observations_and_values(train):
-    """Mean and spread in the first iteration, which does not train; later ones leave them as they are."""
+def test_the_units_of_observations_rewards_and_values(train):
+    """Of the first iteration, which does not train; later ones leave them, resumed or not."""
     torch.set_default_dtype(torch.float32)
-    first, later = (load(train(rl2, total_timesteps=n * 160, gamma=0.9)[0])["agent"] for n in (1, 3))
+    (part, _), (whole, _) = (train(rl2, total_timesteps=n * 160, gamma=0.9) for n in (1, 3))
+    first, later = load(part)["agent"], load(whole)["agent"]
+    resumed = load(train(rl2, resume=part, total_timesteps=3 * 160)[0])["agent"]
+    assert all(torch.equal(resumed[name], x) for name, x in later.items())
     envs = make_trial_envs("PointRobot-v0", 8)
     tasks = envs.sample_tasks(8, np.random.default_rng([0, 0, 1]))
     torch.manual_seed(1)
@@ -236,24 +249,61 @@ def test_the_units_of_observations_and_values(train):
     with torch.no_grad():
         batch, _ = collect(agent, tasks, keyed_rng(1, "train", 1), envs, 2, 10, "dense")
     returns = torch.stack([sum(0.9**k * batch["rewards"][:, t + k] for k in range(20 - t)) for t in range(20)])
-    obs = batch["inputs"][..., :2].flatten(0, 1)
+    obs, rewards = batch["obs"].flatten(0, 1), batch["rewards"]
+    assert (batch["inputs"][..., [0, 1, 4]] == 0).all(), "fed in before their units are known"
     for name, p in agent.named_parameters():
         assert torch.equal(first[name], p) and not torch.equal(later[name], p)
     for saved in (first, later):
         torch.testing.assert_close(
             torch.stack([saved["obs_mean"], saved["obs_std"]]), torch.stack([obs.mean(0), obs.std(0, correction=0)])
         )
-        torch.testing.assert_close(saved["value_mean"], returns.mean())
-        torch.testing.assert_close(saved["value_std"], returns.std(correction=0))
+        for name, x in (("reward", rewards), ("value", returns)):
+            torch.testing.assert_close(saved[f"{name}_mean"], x.mean())
+            torch.testing.assert_close(saved[f"{name}_std"], x.std(correction=0))
     agent.obs_mean[:], agent.obs_std[:] = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1e-3])
     agent.value_mean, agent.value_std = torch.tensor(5.0), torch.tensor(7.0)
     with torch.no_grad():
         scaled, _ = collect(agent, tasks, keyed_rng(1, "train", 1), envs, 1, 1, "dense")
-    starts = batch["inputs"][:, 0, :2]
+    starts = batch["obs"][:, 0]
     torch.testing.assert_close(scaled["inputs"][:, 0, 0], (starts[:, 0] - 1) / 3)
     assert (scaled["inputs"][:, 0, 1] == -10).all()
     features = agent.memories[0].gru(scaled["inputs"])[0]
     torch.testing.assert_close(scaled["values"], 5 + 7 * agent.critic(features).squeeze(-1))
+
+
+class InUnits(rl2.PointEnvs):
+    """PointRobot-v0, its rewards and observations in other units."""
+
+    def __init__(self, pay, length, *args):
+        self.pay, self.length = pay, length
+        super().__init__("PointRobot-v0", *args)
+
+    def step(self, actions):
+        obs, rewards, *rest = super().step(actions)
+        return obs, self.pay * rewards, *rest
+
+    def _obs(self):
+        return self.length * super()._obs()
+
+
+@pytest.mark.parametrize("normalize_advantage", [True, False])
+@pytest.mark.parametrize("pay, length", [(1e4, 1), (1e-2, 1), (1e-7, 1), (1, 1e4), (1, 1e-4)])
+def test_learning_does_not_depend_on_units(train, monkeypatch, pay, length, normalize_advantage):
+    """Rewards or observations times a constant: the same parameters, and so the same play."""
+    runs = []
+    for units in ((1, 1), (pay, length)):
+
+        def make(env_id, n, num_threads, lanes, units=units):
+            return InUnits(*units, n, lanes)
+
+        monkeypatch.setattr(rl2, "make_trial_envs", make)
+        flags = {"normalize_advantage": normalize_advantage, "embedding_size": 8}
+        folder, metrics = train(rl2, total_timesteps=5 * 160, **flags)
+        agent = load(folder)["agent"]
+        measured = ("obs_", "reward_", "value_")
+        learned = {name: x for name, x in agent.items() if not name.startswith(measured)}
+        runs.append((learned, metrics["eval/return_after_1_episodes"] / units[0]))
+    torch.testing.assert_close(runs[1], runs[0], atol=0, rtol=1e-6)
 
 
 def prepared(env_id, **flags):
@@ -619,8 +669,9 @@ def test_two_arms(monkeypatch, tmp_path):
     score = rl2.main(rl2.Args(**settings))["eval/return_after_0_episodes"]
     assert optimum - 0.1 < score < optimum + 3 * error
     monkeypatch.setattr(Agent, "feedback", lambda agent, actions: torch.zeros(len(actions), 2))
-    collect_blind = inspect.getsource(rl2.collect).replace("tensor(rewards)[:, None]", "0 * tensor(rewards)[:, None]")
-    exec(collect_blind, vars(rl2), scope := {})
+    source, seen = inspect.getsource(rl2.collect), "in_units(tensor(rewards), "
+    assert source.count(seen) == 1
+    exec(source.replace(seen, f"0 * {seen}"), vars(rl2), scope := {})
     monkeypatch.setattr(rl2, "collect", scope["collect"])
     blind = rl2.main(rl2.Args(**settings))["eval/return_after_0_episodes"]
     assert blind == pytest.approx(3, abs=0.06)
