@@ -355,8 +355,9 @@ def main(args: Args) -> dict[str, float]:
 
             # log, (9) meta-test, save
             global_step += int(all_reduce(sum(batch["mask"].sum() for batch in batches)))
+            entropy = policy.distribution(outer_batch["dist"]).entropy()
             metrics = losses | {
-                "losses/entropy": task_mean(policy.distribution(outer_batch["dist"]).entropy()),
+                "losses/entropy": task_mean(masked_mean(entropy, outer_batch["mask"], (1, 2))),
                 "charts/pre_adaptation_return": task_mean(episode_scores(batches[0])["return"]),
                 "charts/episodic_return": task_mean(episode_scores(outer_batch)["return"]),
                 "charts/episodic_length": task_mean(outer_batch["mask"].sum(-1)),

@@ -504,8 +504,9 @@ def main(args: Args) -> dict[str, float]:
 
             # log, (7) meta-test, save
             global_step += int(all_reduce(sum(batch["mask"].sum() for batch in batches)))
+            entropy = policy.distribution(batches[-1]["dist"]).entropy()
             metrics = losses | {
-                "losses/entropy": task_mean(policy.distribution(batches[-1]["dist"]).entropy()),
+                "losses/entropy": task_mean(masked_mean(entropy, batches[-1]["mask"], (1, 2))),
                 "charts/pre_adaptation_return": task_mean(episode_scores(batches[0])["return"]),
                 "charts/episodic_return": task_mean(episode_scores(batches[-1])["return"]),
                 "charts/episodic_length": task_mean(batches[-1]["mask"].sum(-1)),

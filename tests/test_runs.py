@@ -81,6 +81,27 @@ def test_what_main_returns(script, train):
     assert all(max(values) == state(folder)["global_step"] for values in logged.values())
 
 
+# of Discrete actions it differs from step to step; rl2.py's is part of its loss
+@pytest.mark.parametrize("name, actions", [("maml_trpo", "Discrete"), ("maesn", "Discrete"), ("mmaml", "Matrix")])
+def test_the_entropy_is_that_of_steps_that_were_taken(name, actions, train, monkeypatch):
+    """The mean over tasks of the mean over their steps; what stands after an episode's end has no part in it."""
+    script, entropies = importlib.import_module(name), []
+    collect = script.collect
+
+    def spoil_the_padding(*args, policy, **settings):
+        batch = collect(*args, policy=policy, **settings)
+        taken, entropy = batch["mask"] == 1, policy.distribution(batch["dist"]).entropy()
+        entropies.append(sum(x[steps].mean().item() for x, steps in zip(entropy, taken, strict=True)) / len(taken))
+        batch["dist"][..., -1][~taken] += 1  # a logit, or a log standard deviation
+        return batch
+
+    monkeypatch.setattr(script, "collect", spoil_the_padding)
+    env_id = f"user_tasks:{actions}-v0"  # episodes of two to eight steps
+    folder, _ = train(script, env_id=env_id, total_timesteps=1)
+    (logged,) = scalars(folder)["losses/entropy"].values()
+    assert logged == pytest.approx(entropies[1], rel=1e-5)  # after adaptation; further ones are the meta-test's
+
+
 RESUMED = {"plain": {}, "a fixed set of tasks": {"num_train_tasks": 6}}
 RESUMED_OWN = {"maml_trpo": {"learned step sizes": {"learn_inner_lr": True, "num_inner_steps": 2}}}
 RESUMED_OWN["rl2"] = {"a value network": {"separate_value": True, "embedding_size": 6, "episodes_per_task": 2}}
