@@ -306,8 +306,8 @@ def evaluate(meta, tasks, collect, adapt, group, num_steps, inner_lr, lr_decay, 
 
     collect and adapt: collect and inner_step with their settings; group: the tasks that collect's lanes hold at once;
     inner_lr: α by name, of latents that have not learned it; paths: a list that gets the first group's observations,
-    phase by phase. Returns {"return": (num_steps + 1, M), ...}, means over a task's episodes; "found" is whether any
-    episode before was a success. Draws depend on seed and group alone, so that every call meets the same episodes.
+    phase by phase. Returns {"return": (num_steps + 1, M), ...}, means over a task's episodes; "found" is whether any of
+    the episodes adapted to so far was a success. Draws depend on seed and group alone: every call meets the same ones.
     """
     theta, table, lr = split(meta)
     hold = 1 if "mu" in lr else 2  # step sizes until they shrink, as in the original
@@ -320,7 +320,9 @@ def evaluate(meta, tasks, collect, adapt, group, num_steps, inner_lr, lr_decay, 
         for k in range(num_steps + 1):
             episodes = partial(collect, theta, phi, tasks[members % len(tasks)], keyed_rng(seed, "eval", first, k))
             batch = episodes()
-            for name, score in episode_scores(episodes(deterministic=True) if deterministic else batch).items():
+            scored = episodes(deterministic=True) if deterministic else batch
+            hit = batch.get("success", torch.zeros_like(batch["rewards"])).amax((1, 2))
+            for name, score in (episode_scores(scored) | {"hit": hit}).items():
                 scores.setdefault(name, score.new_zeros(num_steps + 1, len(tasks) + group))[k, members] = score
             if paths is not None and first == 0:
                 paths.append(batch["obs"])
@@ -328,9 +330,9 @@ def evaluate(meta, tasks, collect, adapt, group, num_steps, inner_lr, lr_decay, 
                 scaled_lr = {name: x * lr_decay ** max(0, k - hold) for name, x in lr.items()}
                 phi = vmap(partial(adapt, lr=scaled_lr), in_dims=(0, None, 0))(phi, theta, batch)
     scores = gather_scores(scores, len(tasks))
+    hit = np.maximum.accumulate(scores.pop("hit"))
     if "success" in scores:
-        hit = np.maximum.accumulate(scores["success"] > 0)
-        scores["found"] = np.concatenate([np.zeros_like(hit[:1]), hit[:-1]]).astype(float)
+        scores["found"] = np.concatenate([np.zeros_like(hit[:1]), hit[:-1]])
     return scores
 
 
@@ -361,6 +363,8 @@ def main(args: Args) -> dict[str, float]:
         args = replace(args, resume="", evaluate=args.resume)
     if not args.num_train_tasks:
         fail("--num-train-tasks 0: every training task has a latent of its own, so that there must be a set of them")
+    if args.latent_dim == 1 and args.normalise_latent:  # z / |z| is ±1 and has no gradient
+        fail("--latent-dim 1: its direction is a sign: give --latent-dim 2 or --no-normalise-latent")
 
     # tasks, and environments with a lane per episode
     n = args.meta_batch_size

@@ -513,6 +513,21 @@ def test_found():
     assert scores["found"].tolist() == [[0, 0, k > 1, 0, 0] for k in range(6)]
 
 
+def test_found_is_about_the_sampled_episodes_that_were_adapted_to():
+    """Mean actions are scored and not adapted to: what they meet or miss is not found, nor lost."""
+    problem = make_problem()
+
+    def collect(theta, phi, tasks, rng, deterministic=False):
+        hits = torch.as_tensor(tasks[:, 0] == int(deterministic), dtype=torch.float64)  # a task each
+        return {"rewards": torch.ones(len(tasks), 3, 1), "success": hits[:, None, None].expand(-1, 3, 1)}
+
+    arguments = (problem.meta, np.array([[0], [1]]), collect, lambda phi, theta, batch, lr: phi)
+    rest = {"num_steps": 2, "inner_lr": LR, "lr_decay": 0.5, "seed": 1, "deterministic": True}
+    scores = module.evaluate(*arguments, group=2, **rest)
+    assert scores["success"].tolist() == [[0, 1]] * 3
+    assert scores["found"].tolist() == [[0, 0], [1, 0], [1, 0]]
+
+
 def test_the_figure(tmp_path, monkeypatch, capsys):
     paths = [torch.randn(2, 50, 20, 3), torch.randn(2, 50, 9, 3)]
     module.episodes_figure(tmp_path / "a.png", paths, np.ones((7, 2)))
@@ -550,6 +565,17 @@ def test_probe_is_learned(train):
     assert scores["eval/return_after_60_episodes"] > 0.7
     assert scores["eval/return_after_0_episodes"] == pytest.approx(0, abs=0.15)
     assert train(inner_lr=1e-9, sigma_lr=1e-9)["eval/return_after_60_episodes"] == pytest.approx(0, abs=0.15)
+
+
+def test_a_direction_in_one_dimension_is_refused(train):
+    """It is a sign: what the policy does has no gradient in z, so that neither latents nor α would be learned."""
+    z = torch.randn(7, 1, requires_grad=True)
+    module.Policy(2, 1, gym.spaces.Box(-1, 1, (2,)), 4)(torch.randn(7, 2), z).sum().backward()
+    assert z.grad.abs().max() < 1e-5
+    with pytest.raises(SystemExit, match=r"^error: --latent-dim 1: .*--latent-dim 2.*--no-normalise-latent$"):
+        train(latent_dim=1, total_timesteps=1)
+    assert not Path("runs").exists()
+    train(latent_dim=1, normalise_latent=False, total_timesteps=1)
 
 
 def test_flags_reach_the_update(train, monkeypatch):
