@@ -543,12 +543,13 @@ def main(args: Args) -> dict[str, float]:
 
             # (1) collect
             order = keyed_rng(args.seed, "picks", iteration, rank).permutation(num_tasks)
-            ids = np.roll(np.arange(num_tasks), num_picked * (1 - iteration)) if iteration <= first else order
-            ids = torch.as_tensor(ids[:num_picked], device=device)
+            in_turn = np.roll(np.arange(num_tasks), num_picked * (1 - iteration))
+            picked = (in_turn if iteration <= first else order)[:num_picked]
+            ids = torch.as_tensor(picked, device=device)
             reach = 0 if warming_up else args.context_window
             rounds = explore(
                 initial if iteration <= first else phases, ids, replay, window, reach, agent,
-                partial(collect_train, tasks=train_tasks[ids.cpu()]), (args.seed, "train", iteration), **of_context,
+                partial(collect_train, tasks=train_tasks[picked]), (args.seed, "train", iteration), **of_context,
             )  # fmt: skip
             global_step += int(all_reduce(sum(batch["mask"].sum() for batch in rounds)))
             metrics = {

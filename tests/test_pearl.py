@@ -573,6 +573,11 @@ def test_bad_input(train, tmp_path, flags, part):
         train(module, **flags)
     assert str(end.value.code).startswith("error: ") and part in end.value.code and "\n" not in end.value.code
     assert not list(tmp_path.iterdir())
+def test_one_task_picked_at_a_time(train):
+    folder, _ = train(module, picked_tasks=1)
+    assert load(folder)["global_step"] == 320 == 4 * 40 + 4 * 40
+
+
 
 
 def test_the_replay_is_large_enough(train):
