@@ -568,8 +568,13 @@ def main(args: Args) -> dict[str, float]:
                 for optimizer in optimizers.values():
                     optimizer.param_groups[0]["lr"] = left * args.learning_rate
                 losses = repeat(lambda g=generator: update(*draw(g)), times, generator, args.compile)
-                losses = (all_reduce(losses) / num_ranks).tolist()
-                metrics |= {f"losses/{name}": loss for name, loss in zip(LOSSES, losses, strict=True)}
+                losses = dict(zip(LOSSES, (all_reduce(losses) / num_ranks).tolist(), strict=True))
+                bad = [f"{name} {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
+                if bad or not all(p.isfinite().all() for p in agent.parameters()):
+                    bad = ", ".join(bad) or "networks are not finite"
+                    advice = f"try a smaller --learning-rate ({args.learning_rate}) or --reward-scale"
+                    fail(f"training diverged in iteration {iteration}, {bad}: {advice}")
+                metrics |= {f"losses/{name}": loss for name, loss in losses.items()}
             updated = time.perf_counter()
             metrics |= {"time/collect": collected - start, "time/update": updated - collected}
 

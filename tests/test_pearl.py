@@ -578,6 +578,28 @@ def test_one_task_picked_at_a_time(train):
     assert load(folder)["global_step"] == 320 == 4 * 40 + 4 * 40
 
 
+@pytest.mark.parametrize("what", ["qf_loss nan", "qf_loss inf", "networks"])
+def test_training_that_diverges_leaves_the_last_checkpoint(train, monkeypatch, what):
+    """A step size that is too large; a loss that overflows; or the last gradient step, after which no loss tells."""
+    folder, _ = train(module)
+    saved, step = load(folder), module.gradient_step
+
+    def poisoned(agent, *args, **kwargs):
+        losses = step(agent, *args, **kwargs)
+        if what == "networks":
+            agent.actor.biases[-1].data.fill_(math.inf)
+        return losses * (math.inf if what == "qf_loss inf" else 1)
+
+    monkeypatch.setattr(module, "gradient_step", poisoned)
+    saved["args"] |= {"gradient_steps": 1} if what == "networks" else {}
+    saved["args"] |= {"learning_rate": 1e30} if what == "qf_loss nan" else {}
+    torch.save(saved, folder / "checkpoint.pt")
+    before = (folder / "checkpoint.pt").read_bytes()
+    with pytest.raises(SystemExit) as end:
+        train(module, resume=folder, total_timesteps=640, checkpoint_every=1)
+    line = end.value.code
+    assert line.startswith("error: ") and "\n" not in line and what in line and "--learning-rate" in line, line
+    assert (folder / "checkpoint.pt").read_bytes() == before
 
 
 def test_the_replay_is_large_enough(train):
