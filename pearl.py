@@ -513,6 +513,9 @@ def main(args: Args) -> dict[str, float]:
     capacity = args.replay_size or 2 * at_first + min(iterations, math.ceil(picks + 6 * picks**0.5)) * steps
     if capacity < max(at_first, steps):
         fail(f"--replay-size {capacity}: less than the {max(at_first, steps)} steps of an iteration")
+    if args.total_timesteps <= args.num_train_tasks * at_first:
+        needed = f"must be above the {args.num_train_tasks * at_first} steps of the initial collection"
+        fail(f"--total-timesteps {args.total_timesteps}: {needed}")
     num_tasks, num_picked = len(train_tasks), args.picked_tasks // num_ranks
     replay = Replay(num_tasks, capacity, sum(sizes), device)
     window = torch.zeros(num_tasks, 2, dtype=torch.long, device=device)

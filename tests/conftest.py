@@ -47,6 +47,7 @@ OWN["maesn"] = {
     "test_reward": "dense",
 }
 OWN["mmaml"] = {"hidden_size": 8, "encoder_size": 8, "num_inner_steps": 1}
+LEAST = dict.fromkeys(SCRIPTS, 1) | {"pearl": 161}  # total_timesteps: above its initial collection
 
 
 def to_argv(flags):

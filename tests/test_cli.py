@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, environment, load, tiny
+from conftest import LEAST, TINY, environment, load, tiny
 
 import maml_trpo
 
@@ -101,7 +101,8 @@ def test_own_numbers_out_of_range(refuse, script):
 
 
 def test_the_least_that_is_allowed(train, script):
-    train(script, seed=0, task_seed=0, num_eval_steps=0, num_test_tasks=1, horizon=1, gamma=1, total_timesteps=1)
+    least = {"num_eval_steps": 0, "num_test_tasks": 1, "total_timesteps": LEAST[script.__name__]}
+    train(script, seed=0, task_seed=0, horizon=1, gamma=1, **least)
 
 
 @pytest.mark.parametrize(

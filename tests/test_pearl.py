@@ -564,6 +564,7 @@ def test_presets(preset):
         ({"env_id": "user_tasks:Discrete-v0"}, "Discrete actions"),
         ({"num_train_tasks": 0}, "--num-train-tasks 0"),
         ({"replay_size": 39}, "--replay-size 39: less than the 40 steps"),
+        ({"total_timesteps": 160}, "--total-timesteps 160: must be above the 160 steps of the initial collection"),
         ({"replay_size": 10**12}, "the replay does not fit"),
         ({"compile": True}, "--compile"),
     ],
@@ -573,6 +574,18 @@ def test_bad_input(train, tmp_path, flags, part):
         train(module, **flags)
     assert str(end.value.code).startswith("error: ") and part in end.value.code and "\n" not in end.value.code
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("steps, horizon, least", [(40, 10, 161), (30, 20, 161), (1, 10, 81)])
+def test_a_budget_that_ends_before_the_first_gradient_step_is_refused(train, steps, horizon, least):
+    """The result would be untrained; rounds of two episodes, all of them whole."""
+    flags = {"picked_tasks": 1, "initial_steps": steps, "horizon": horizon}
+    with pytest.raises(SystemExit, match=rf"^error: --total-timesteps {least - 1}: .* {least - 1} steps .*$"):
+        train(module, total_timesteps=least - 1, **flags)
+    _, metrics = train(module, total_timesteps=least, **flags)
+    assert "eval/return_after_0_episodes" in metrics
+
+
 def test_one_task_picked_at_a_time(train):
     folder, _ = train(module, picked_tasks=1)
     assert load(folder)["global_step"] == 320 == 4 * 40 + 4 * 40

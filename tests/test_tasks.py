@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import OWN, TINY, load
+from conftest import LEAST, OWN, TINY, load
 from user_tasks import Ragged
 
 from maml_trpo import POINT_FAMILIES, episode_scores, make_envs, require_sparse_reward, rollout
@@ -393,7 +393,8 @@ def test_sparse_rewards_where_there_are_any(script, train, env_id):
 @pytest.mark.parametrize("what", ["reward", "observation", "sparse reward"])
 def test_a_value_that_is_not_finite_stops_the_run(script, train, monkeypatch, what, value):
     """Nor one that is not in single precision; and the last checkpoint stays as it was."""
-    folder, _ = train(script, env_id="user_tasks:Asymmetric-v0", total_timesteps=1)
+    least = LEAST[script.__name__]
+    folder, _ = train(script, env_id="user_tasks:Asymmetric-v0", total_timesteps=least)
     saved = load(folder)
     monkeypatch.setattr(Ragged, "made", [])  # numbers the lanes from 0 again
     monkeypatch.setattr(Ragged, "fault", (3, 2, what, value))
