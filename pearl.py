@@ -85,7 +85,7 @@ class Args:
     eval_episodes: int | None = None
     """episodes per task before each update of the belief at meta-test (unset: episodes_per_task)"""
     deterministic_eval: bool = True
-    """meta-test with the mean action instead of sampled ones"""
+    """score with the mean action instead of sampled ones"""
     train_reward: Literal["dense", "sparse"] | None = None
     """reward in the context at meta-training; the critics always see the dense one (unset: sparse on Sparse*)"""
     test_reward: Literal["dense", "sparse"] | None = None
@@ -391,12 +391,15 @@ def explore(phases, ids, replay, window, context_window, agent, collect, key, **
     return rounds
 
 
-def evaluate(tasks, agent, collect, group, width, reward, num_steps, exploration, context, seed) -> dict:
+def evaluate(
+    tasks, agent, collect, group, width, reward, num_steps, exploration, context, seed, deterministic=False
+) -> dict:
     """(7) Meta-test on tasks (M, task size): the scores of num_steps + 1 rounds of episodes, scored by `reward`.
 
     collect: collect with its settings, whose lanes hold `group` tasks. The belief is used after `exploration` rounds;
     context: "own", "none" or "shuffled", see Args. Returns {"return": (num_steps + 1, M), ...}, means over a round's
-    episodes. Draws depend on the seed alone.
+    episodes. Draws depend on the seed alone. Contexts are of sampled episodes, as in training;
+    deterministic ones are extra, with the same z (in the original they make the context).
     """
     members = np.arange(group)[shard(group)]  # the last ones wrap around
     scores, rows, masks = {}, [], []
@@ -407,9 +410,11 @@ def evaluate(tasks, agent, collect, group, width, reward, num_steps, exploration
                 mean, variance = belief(agent.encoder(torch.cat(rows, 1)[..., :width]), torch.cat(masks, 1))
         if context == "shuffled":
             mean, variance = mean.roll(1, 0), variance.roll(1, 0)
-        batch = collect(mean, variance, tasks[members % len(tasks)], keyed_rng(seed, "eval", k))
+        play = partial(collect, mean, variance, tasks[members % len(tasks)])
+        batch = play(keyed_rng(seed, "eval", k))
         for parts, x in zip((rows, masks), to_rows(batch), strict=True):
             parts.append(x)
+        batch = play(keyed_rng(seed, "eval", k), deterministic=True) if deterministic else batch
         batch["rewards"] = batch["sparse_reward" if reward == "sparse" else "dense_rewards"]
         for name, score in episode_scores(batch).items():
             scores.setdefault(name, score.new_zeros(num_steps + 1, group))[k, members] = score
@@ -457,6 +462,11 @@ def main(args: Args) -> dict[str, float]:
         fail(f"--context-size {args.context_size}: more than the {available} steps that contexts are drawn from")
     if args.context_segment > args.context_size:
         fail(f"--context-segment {args.context_segment}: more than --context-size {args.context_size}")
+    exploration = math.ceil(args.exploration_episodes / args.eval_episodes)  # rounds of a meta-test
+    if exploration > args.num_eval_steps > 0 and args.eval_context != "none":
+        played = f"{args.num_eval_steps} x {args.eval_episodes} episodes before a meta-test's last ones"
+        flag = f"--exploration-episodes {args.exploration_episodes}"
+        fail(f"{flag}: more than the {played}, so that the belief is never used")
 
     # tasks, and environments with a lane per episode; each rank has its share of the tasks and lanes
     group = math.ceil(args.num_test_tasks / num_ranks) * num_ranks
@@ -488,10 +498,10 @@ def main(args: Args) -> dict[str, float]:
     # the functions above with this run's settings
     sampling = {"agent": agent, "horizon": horizon, "reward": args.train_reward}
     collect_train = partial(collect, envs=envs, **sampling)
-    collect_test = partial(collect, envs=eval_envs, deterministic=args.deterministic_eval, **sampling)
+    collect_test = partial(collect, envs=eval_envs, **sampling)
     meta_test = partial(
-        evaluate, test_tasks, agent, collect_test, group, width, args.test_reward, args.num_eval_steps,
-        args.exploration_episodes, args.eval_context, args.seed,
+        evaluate, test_tasks, agent, collect_test, group, width, args.test_reward, args.num_eval_steps, exploration,
+        args.eval_context, args.seed, args.deterministic_eval,
     )  # fmt: skip
     if args.evaluate:
         return report(meta_test(), test_tasks, args.eval_episodes, printed=True)

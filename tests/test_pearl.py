@@ -468,11 +468,11 @@ def test_rewards_of_context_and_score_can_differ(train):
 # ------------------------------------------------------------------------------------------------------------ meta-test
 
 
-def meta_test(tasks, agent, steps=3, exploration=1, context="own", seed=1, reward="dense"):
+def meta_test(tasks, agent, steps=3, exploration=1, context="own", seed=1, reward="dense", deterministic=True):
     envs = module.make_envs("PointRobot-v0", len(tasks), 1)
-    collect = partial(module.collect, agent=agent, envs=envs, horizon=20, reward="dense", deterministic=True)
-    scores = module.evaluate(tasks, agent, collect, len(tasks), 5, reward, steps, exploration, context, seed)
-    return torch.as_tensor(scores["return"])
+    collect = partial(module.collect, agent=agent, envs=envs, horizon=20, reward="dense")
+    settings = (len(tasks), 5, reward, steps, exploration, context, seed, deterministic)
+    return torch.as_tensor(module.evaluate(tasks, agent, collect, *settings)["return"])
 
 
 def test_a_task_is_tested_as_if_it_were_alone(lively):
@@ -485,7 +485,7 @@ def test_a_task_is_tested_as_if_it_were_alone(lively):
 
 
 def test_the_belief_is_of_all_steps_seen(lively, monkeypatch):
-    """After k episodes, of k episodes of this task; before `exploration`, the prior."""
+    """After k episodes, of k sampled episodes of this task; before `exploration`, the prior."""
     tasks, seen = module.make_envs("PointRobot-v0", 1).sample_tasks(4, np.random.default_rng(5)), []
     belief, encoder = module.belief, lively.encoder
 
@@ -498,9 +498,53 @@ def test_the_belief_is_of_all_steps_seen(lively, monkeypatch):
     monkeypatch.setattr(module, "collect", lambda *a, **k: rounds.append(collect(*a, **k)) or rounds[-1])
     meta_test(tasks, lively, steps=4, exploration=2)
     assert [x.shape[1] for x in seen] == [40, 60, 80]
-    parts = [torch.cat([x["obs"], x["actions"], x["dense_rewards"][..., None]], -1) for x in rounds[:4]]
+    sampled = rounds[:8:2]  # each followed by one with the mean action, which is only scored
+    parts = [torch.cat([x["obs"], x["actions"], x["dense_rewards"][..., None]], -1) for x in sampled]
     context = torch.cat(parts, 2)
     torch.testing.assert_close(seen[-1], encoder(context[:, 0]))
+
+
+def test_what_is_scored_does_not_change_the_context(train, monkeypatch):
+    """Training has contexts of sampled actions; a point at rest gives equal factors, which count as evidence."""
+    folder, _ = train(module)
+    belief, contexts, scores = module.belief, {}, {}
+    for deterministic in (True, False):
+        seen = contexts[deterministic] = []
+        monkeypatch.setattr(module, "belief", lambda *c, seen=seen: seen.append(c) or belief(*c))
+        _, scores[deterministic] = train(module, evaluate=folder, num_eval_steps=3, deterministic_eval=deterministic)
+    assert len(contexts[True]) == 3 and scores[True] != scores[False]
+    for one, two in zip(contexts[True], contexts[False], strict=True):
+        assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+
+
+def test_the_mean_action_is_scored_in_episodes_of_the_same_draws(lively):
+    """z and start are those of the sampled episodes, only the actions have no noise."""
+    tasks = module.make_envs("PointRobot-v0", 1).sample_tasks(3, np.random.default_rng(5))
+    envs = module.make_envs("PointRobot-v0", 3, 1)
+    play = partial(module.collect, *lively.prior(3), tasks, agent=lively, envs=envs, horizon=20, reward="dense")
+    for deterministic in (True, False):
+        batch = play(module.keyed_rng(1, "eval", 0), deterministic=deterministic)
+        expected = module.episode_scores(batch)["return"]
+        torch.testing.assert_close(meta_test(tasks, lively, deterministic=deterministic)[0], expected)
+
+
+@pytest.mark.parametrize("exploration, first", [(1, 1), (2, 1), (3, 1), (4, 2), (6, 2), (7, 3)])
+def test_exploration_is_counted_in_episodes(train, monkeypatch, exploration, first):
+    """With three episodes between updates, the belief is used once that many are over."""
+    seen, belief = [], module.belief
+    folder, _ = train(module, eval_episodes=3)
+    monkeypatch.setattr(module, "belief", lambda factors, mask: seen.append(mask) or belief(factors, mask))
+    train(module, evaluate=folder, num_eval_steps=3, exploration_episodes=exploration)
+    assert [mask.shape[1] for mask in seen] == [3 * 10 * k for k in range(first, 4)]
+
+
+def test_a_meta_test_that_never_uses_the_belief_is_refused(train, tmp_path):
+    """Unless that is what was asked for: no context, or no update."""
+    folder, _ = train(module)
+    with pytest.raises(SystemExit, match=r"^error: --exploration-episodes 7: .* 2 x 3 episodes before .*$"):
+        train(module, evaluate=folder, num_eval_steps=2, eval_episodes=3, exploration_episodes=7)
+    for flags in ({"eval_context": "none", "num_eval_steps": 2}, {"num_eval_steps": 0}, {"num_eval_steps": 3}):
+        train(module, evaluate=folder, eval_episodes=3, exploration_episodes=7, **flags)
 
 
 def test_comparisons_at_meta_test(lively):
@@ -529,8 +573,8 @@ def test_tasks_that_do_not_fill_the_ranks(lively):
     """Five tasks in six lanes: the last lane repeats the first task, and is not scored twice."""
     tasks = module.make_envs("PointRobot-v0", 1).sample_tasks(5, np.random.default_rng(5))
     envs = module.make_envs("PointRobot-v0", 6, 1)
-    collect = partial(module.collect, agent=lively, envs=envs, horizon=20, reward="dense", deterministic=True)
-    scores = module.evaluate(tasks, lively, collect, 6, 5, "dense", 2, 1, "own", 1)
+    collect = partial(module.collect, agent=lively, envs=envs, horizon=20, reward="dense")
+    scores = module.evaluate(tasks, lively, collect, 6, 5, "dense", 2, 1, "own", 1, True)
     assert scores["return"].shape == (3, 5) and (scores["return"] < 0).all()
 
 
@@ -565,6 +609,7 @@ def test_presets(preset):
         ({"num_train_tasks": 0}, "--num-train-tasks 0"),
         ({"replay_size": 39}, "--replay-size 39: less than the 40 steps"),
         ({"total_timesteps": 160}, "--total-timesteps 160: must be above the 160 steps of the initial collection"),
+        ({"exploration_episodes": 3}, "--exploration-episodes 3: more than the 1 x 2 episodes"),
         ({"replay_size": 10**12}, "the replay does not fit"),
         ({"compile": True}, "--compile"),
     ],
