@@ -937,122 +937,174 @@ def rollout(envs: TaskEnvs, act, tasks, horizon, rng, device) -> dict[str, torch
 
 
 class MLP(nn.Module):
-    """Three hidden ReLU layers of `hidden` units; with `stack`, that many networks at once, each with its own weights.
+    """Three hidden ReLU layers of `hidden` units; `stack` networks at once, each with own weights.
 
-    (..., inputs) -> (..., outputs), with a stack (stack, ..., inputs) -> (stack, ..., outputs). Initialised as in the
-    code of PEARL: uniform within 1 / sqrt(hidden), biases 0.1, the last layer uniform within `last`.
+    (..., inputs) -> (..., outputs); of a stack (stack, ..., inputs) -> (stack, ..., outputs).
+    Initialised as in the code of PEARL: uniform within 1 / sqrt(hidden), biases 0.1, the last layer
+    uniform within `last`.
     """
 
     def __init__(self, inputs: int, hidden: int, outputs: int, stack: int = 1, last: float = 3e-3):
         super().__init__()
         sizes = [inputs, hidden, hidden, hidden, outputs]
-        bounds = [hidden**-0.5] * 3 + [last]
-        weights = [torch.empty(stack, *sizes[i : i + 2]).uniform_(-bounds[i], bounds[i]) for i in range(4)]
-        biases = [torch.full((stack, 1, hidden), 0.1) for _ in range(3)]
-        biases.append(torch.empty(stack, 1, outputs).uniform_(-last, last))
-        self.weights, self.biases = nn.ParameterList(weights), nn.ParameterList(biases)
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for i in range(4):
+            bound = hidden**-0.5 if i < 3 else last
+            weight = torch.empty(stack, sizes[i], sizes[i + 1]).uniform_(-bound, bound)
+            self.weights.append(nn.Parameter(weight))
+        for size in sizes[1:4]:
+            self.biases.append(nn.Parameter(torch.full((stack, 1, size), 0.1)))
+        self.biases.append(nn.Parameter(torch.empty(stack, 1, outputs).uniform_(-last, last)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shape, x = x.shape[:-1], x.reshape(len(self.weights[0]), -1, x.shape[-1])
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            x = torch.baddbmm(bias, x, weight)
-            x = x.relu_() if i < 3 else x
+        shape = x.shape[:-1]
+        x = x.reshape(len(self.weights[0]), -1, x.shape[-1])
+        for i in range(4):
+            x = torch.baddbmm(self.biases[i], x, self.weights[i])
+            if i < 3:
+                x = x.relu_()
         return x.view(*shape, -1)
 
 
-def tanh_gaussian(dist: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tanh of a Gaussian draw: dist (..., 2A), its mean and log std, and normal noise (..., A) -> action (..., A),
-    its log-probability (...), mean and log std (..., A).
+def tanh_gaussian(dist_params: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tanh of a Gaussian draw: mean and log std (..., 2A), normal noise (..., A).
+
+    Returns the action (..., A), its log-probability (...), mean and log std (..., A).
     """
-    mean, log_std = dist.chunk(2, -1)
-    log_std = log_std.clamp(-20, 2)
+    mean, log_std = dist_params.chunk(2, -1)
+    log_std = log_std.clamp(-20, 2)  # the original's bounds
     raw = mean + log_std.exp() * noise
     log_slope = 2 * (math.log(2) - raw - F.softplus(-2 * raw))  # log(1 - tanh²)
     logprob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi) - log_slope
     return raw.tanh(), logprob.sum(-1), mean, log_std
 
 
-def soft_target(rewards, terminated, next_values, next_logprob, gamma: float, temperature: float = 1.0) -> torch.Tensor:
-    """r + γ (min Q'(s', a') - temperature log π(a'|s')), only r at a terminal state; next_values (2, ...)."""
-    return rewards + gamma * (1 - terminated) * (next_values.amin(0) - temperature * next_logprob)
+class SoftActorCritic(nn.Module):
+    """Actor, twin critics and their targets, which are given something beside the observation."""
+
+    def __init__(self, obs_size: int, action_size: int, given_size: int, hidden_size: int):
+        super().__init__()
+        inputs = obs_size + given_size
+        self.actor = MLP(inputs, hidden_size, 2 * action_size, last=1e-3)
+        self.critics = MLP(inputs + action_size, hidden_size, 1, stack=2)
+        self.targets = copy.deepcopy(self.critics).requires_grad_(False)
+
+    def act(self, obs, given, noise) -> tuple[torch.Tensor, ...]:
+        """obs (..., O), given (..., G), normal noise (..., A) -> what tanh_gaussian returns."""
+        return tanh_gaussian(self.actor(torch.cat([obs, given], -1)), noise)
+
+    def values(self, critics, obs, given, action) -> torch.Tensor:
+        """obs (..., O), given (..., G), action (..., A) -> (2, ...), one value of each critic."""
+        x = torch.cat([obs, given, action], -1)
+        return critics(x.expand(2, *x.shape)).squeeze(-1)
+
+    def critic_loss(self, batch, given, noise, gamma, reward_scale, temperature) -> tuple:
+        """The critics' mean squared errors, summed, and their mean value.
+
+        batch: transitions (N, B, ...) by name; given (N, B, G); noise (N, B, A). The target is
+        y = scale r + γ (min Q'(s', a') - temperature log π(a'|s')), a' from the actor, and the
+        reward alone at a terminal state.
+        """
+        with torch.no_grad():
+            next_action, next_logprob, *_ = self.act(batch["next_obs"], given, noise)
+            next_values = self.values(self.targets, batch["next_obs"], given, next_action)
+            soft_value = next_values.amin(0) - temperature * next_logprob
+            goes_on = 1 - batch["terminated"].squeeze(-1)
+            y = reward_scale * batch["dense_rewards"].squeeze(-1) + gamma * goes_on * soft_value
+        values = self.values(self.critics, batch["obs"], given, batch["actions"])
+        return (values - y).square().mean((1, 2)).sum(), values.mean()
+
+    def actor_loss(self, batch, given, noise, regularization, temperature) -> tuple:
+        """temperature log π(a|s) - min Q(s, a), and the actions' mean log-probability.
+
+        Shapes as in critic_loss. regularization: weight of the squared mean and log std.
+        """
+        action, logprob, mean, log_std = self.act(batch["obs"], given, noise)
+        value = self.values(self.critics, batch["obs"], given, action).amin(0)
+        penalty = regularization * (mean.square().mean() + log_std.square().mean())
+        return (temperature * logprob - value).mean() + penalty, logprob.mean()
+
+    @torch.no_grad()
+    def follow(self, tau: float):
+        """targets ← (1 - τ) targets + τ critics."""
+        torch._foreach_lerp_([*self.targets.parameters()], [*self.critics.parameters()], tau)
 
 
 def apply_gradient(optimizer: torch.optim.Optimizer, loss: torch.Tensor):
-    """One step of the optimizer along the gradient of the loss in its parameters, the mean over the ranks."""
+    """One step of the optimizer along its parameters' gradient, the mean over the ranks."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = torch.autograd.grad(loss, parameters)
+    optimizer.zero_grad()
+    loss.backward(inputs=parameters)
     if ranks()[1] > 1:
-        vector = all_reduce(torch.cat([g.flatten() for g in gradients])) / ranks()[1]
-        gradients = [
-            g.view_as(p) for g, p in zip(vector.split([p.numel() for p in parameters]), parameters, strict=True)
-        ]
-    for p, g in zip(parameters, gradients, strict=True):
-        p.grad = g
+        gradients = [p.grad for p in parameters]
+        mean = all_reduce(parameters_to_vector(gradients)) / ranks()[1]
+        vector_to_parameters(mean, gradients)
     optimizer.step()
 
 
-@torch.no_grad()
-def follow(targets: nn.Module, networks: nn.Module, tau: float):
-    """targets ← (1 - τ) targets + τ networks."""
-    torch._foreach_lerp_([*targets.parameters()], [*networks.parameters()], tau)
+def to_rows(batch: dict, columns) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of episodes (N, E, T, ...), the columns as rows (N, E T, W); and the rows' mask (N, E T)."""
+    parts = [batch[name] for name in columns]
+    parts = [part if part.ndim == 4 else part.unsqueeze(-1) for part in parts]
+    return torch.cat(parts, -1).flatten(1, 2), batch["mask"].flatten(1, 2)
+
+
+def from_rows(rows: torch.Tensor, columns: dict[str, int]) -> dict[str, torch.Tensor]:
+    """Rows (..., W) as columns by name, each as wide as columns says."""
+    return dict(zip(columns, rows.split([*columns.values()], -1), strict=True))
 
 
 class Replay:
-    """Per task the last `capacity` transitions, each a row of `width` numbers, in one tensor on the device."""
+    """Per task the last `capacity` transitions, each a row of `width` numbers, on the device.
 
-    def __init__(self, num_tasks: int, capacity: int, width: int, device: torch.device):
-        self.capacity, self.bytes = capacity, num_tasks * capacity * width * torch.get_default_dtype().itemsize
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free
-        if self.bytes > free:
-            size = f"{num_tasks} tasks x {capacity} steps need {self.bytes / 1e9:.1f} GB of {free / 1e9:.1f} GB"
-            fail(f"the replay does not fit, {size}: give a smaller --replay-size (gmps.py: --dataset-size)")
+    A rank keeps those of its own tasks. flag: what sets the capacity.
+    """
+
+    def __init__(self, num_tasks, capacity, width, device, flag="--replay-size"):
+        self.capacity = capacity
+        self.bytes = num_tasks * capacity * width * torch.get_default_dtype().itemsize
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if device.type == "cuda":
+            memory = torch.cuda.mem_get_info(device)[0]
+        if self.bytes > memory:
+            size = f"{num_tasks} tasks need {self.bytes / 1e9:.1f} GB of {memory / 1e9:.1f} GB"
+            fail(f"{flag} {capacity}: {size}, give a smaller one")
         self.rows = torch.zeros(num_tasks * capacity, width, device=device)
         self.count = torch.zeros(num_tasks, dtype=torch.long, device=device)  # rows ever added
 
     def add(self, ids: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor):
-        """Append rows (N, B, W) where mask (N, B) is 1 to the tasks ids (N,)."""
+        """Append rows (N, B, W) where mask (N, B) is 1 to the different tasks ids (N,)."""
         position = self.count[ids].unsqueeze(1) + mask.long().cumsum(1) - 1
         self.rows[self.index(ids, position)[mask > 0]] = rows[mask > 0]
         self.count[ids] += mask.long().sum(1)
 
-    def index(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        return ids.unsqueeze(1) * self.capacity + position % self.capacity
-
     def gather(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Rows (N, B, W) of the tasks ids (N,), numbered (N, B) from the first that was ever added."""
+        """Rows (N, B, W) of the tasks ids (N,), numbered (N, B) from the first ever added."""
         return self.rows[self.index(ids, position)]
 
     def sample(self, ids: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
-        """n rows of each of this rank's tasks ids, with replacement: (N, n, W); ranks share what one would draw."""
-        everyone, size = len(ids) * ranks()[1], self.count[ids].clamp(max=self.capacity).unsqueeze(1)
-        draws = torch.rand(everyone, n, generator=generator, device=ids.device, dtype=torch.float64)[shard(everyone)]
-        return self.gather(ids, (draws * size).long())
+        """n rows of each of the tasks ids (N,), with replacement: (N, n, W)."""
+        size = self.count[ids].clamp(max=self.capacity).unsqueeze(1)
+        options = {"generator": generator, "device": ids.device, "dtype": torch.float64}
+        return self.gather(ids, (torch.rand(len(ids), n, **options) * size).long())
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The filled rows and the counts, of all ranks on rank 0."""
-        return {"rows": join(self.rows[self.filled()]), "count": join(self.count)}
+        """The filled rows and the counts, for load."""
+        return {"rows": self.rows[self.filled()], "count": self.count}
 
     def load(self, state: dict[str, torch.Tensor]):
-        own = shard(len(state["count"]))
-        size = state["count"].clamp(max=self.capacity)
-        first = [int(size[:stop].sum()) for stop in (own.start, own.stop)]
-        self.count.copy_(state["count"][own])
-        self.rows[self.filled()] = state["rows"][slice(*first)].to(self.rows)
+        """What state has returned."""
+        self.count.copy_(state["count"])
+        self.rows[self.filled()] = state["rows"].to(self.rows)
+
+    def index(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        return ids.unsqueeze(1) * self.capacity + position % self.capacity
 
     def filled(self) -> torch.Tensor:
+        """Which of rows hold a transition, (num_tasks capacity,)."""
         size = self.count.clamp(max=self.capacity).unsqueeze(1)
         return (torch.arange(self.capacity, device=size.device) < size).flatten()
-
-
-def join(x: torch.Tensor) -> torch.Tensor:
-    """x of all ranks, one after the other, on the CPU of rank 0."""
-    x, (rank, size) = x.cpu(), ranks()
-    if size == 1:
-        return x
-    parts = [None] * size if rank == 0 else None
-    torch.distributed.gather_object(x, parts)
-    return torch.cat(parts) if parts else x
 
 
 # <<< shared: sac
