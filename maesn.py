@@ -1,37 +1,49 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=0.9", "tensorboard>=2.16", "tqdm>=4.66"]
+# ///
 """MAESN: Meta-Reinforcement Learning of Structured Exploration Strategies.
 Gupta, Mendonca, Liu, Abbeel and Levine, NeurIPS 2018, arXiv 1802.07245, Algorithm 1.
 
-Meta-learns a policy π(a|o,z) that reads a latent z, drawn once per episode: noise that stays the same for an episode
-makes its actions hang together. Each training task has its own latent distribution N(μ_i, σ_i²), and adapting to a
-task is moving this distribution. A new task starts from the prior N(0, I). Each iteration:
+Meta-learns a policy π(a|o,z) that reads a latent z, drawn once per episode: noise that stays the
+same for an episode makes its actions hang together. Each training task has its own latent
+distribution N(μ_i, σ_i²), and adapting to a task is moving this distribution. A new task starts
+from the prior N(0, I). Each iteration:
 
-(1) Draw a meta-batch of N training tasks, and with them their rows (μ_i, log σ_i) of the table of latents.
-(2) Collect E episodes in every task: draw ε from N(0, I) for each episode, and act with z = μ_i + σ_i ε to its end.
-(3) Advantages against a linear baseline, standardised per task: A of every step, and Â of every episode as a whole.
-(4) Adapt: one gradient step per task on L_i = -mean over e of log N(z_e; μ_i, σ_i²) Â_e, in μ_i and log σ_i, with
-    step sizes α that are learned, one per dimension of the latent. z is a constant here: the score function.
-    Further inner steps repeat (2)-(4) from there.
-(5) Collect E new episodes in every task with the adapted (μ_i', σ_i'), and their advantages as in (3).
-(6) Meta-gradient in the policy, the table's rows and α, of S = -mean over i and t of π(a|o,z') / π_old(a|o,z') A plus
-    w KL(N(μ_i, σ_i²) || N(0, I)), through z' = μ_i' + σ_i' ε with the ε of (5), and through (4).
-(7) Natural gradient: conjugate gradient on H x = ∇S. H = mean over i of J_iᵀ F_i J_i is the exact Hessian of the KL
-    between old and new action distributions; J_i maps the meta-parameters to these, F_i is their Fisher matrix.
-(8) Line search along x: take the first step that lowers S and keeps that KL within δ. Every trial adapts anew.
-(9) Meta-test: on held-out tasks, from the prior, steps (2)-(4) with a shrinking α; the policy does not change.
+(1) Draw a meta-batch of N training tasks, and with them their rows (μ_i, log σ_i) of the table of
+    latents.
+(2) Collect E episodes in every task: draw ε from N(0, I) for each episode, and act with
+    z = μ_i + σ_i ε to its end.
+(3) Advantages against a linear baseline, standardised per task: A of every step, and Â of every
+    episode as a whole.
+(4) Adapt: one gradient step per task on L_i = -mean over episodes e of log N(z_e; μ_i, σ_i²) Â_e,
+    in μ_i and log σ_i, with step sizes α that are learned, one per dimension of the latent. z is a
+    constant here: the score function. Further inner steps repeat (2)-(4) from there.
+(5) Collect E new episodes in every task with the adapted (μ_i', σ_i'); their advantages as in (3).
+(6) Meta-gradient in the policy, the table's rows and α, through z' = μ_i' + σ_i' ε with the ε of
+    (5), and through (4), of S = -mean over tasks and steps of π(a|o,z') / π_old(a|o,z') A
+    + w KL(N(μ_i, σ_i²) || N(0, I)).
+(7) Natural gradient: conjugate gradient on H x = ∇S. H = mean over i of J_iᵀ F_i J_i is the exact
+    Hessian of the KL between old and new action distributions; J_i maps the meta-parameters to
+    these, F_i is their Fisher matrix.
+(8) Line search along x: the first step that lowers S and keeps that KL within δ. Every trial adapts
+    anew.
+(9) Meta-test: on held-out tasks, from the prior, steps (2)-(4) with a shrinking α; the policy does
+    not change.
 
 Train:     python maesn.py
 Resume:    python maesn.py --resume runs/NAME
 Evaluate:  python maesn.py --evaluate runs/NAME
 
-Differs from the paper in: the policy reads the direction of z only (--no-normalise-latent: z), three inner steps in
-training (one), the latent alone adapts, as in the authors' code (--adapt-policy: the weights too), and the exact
-Fisher-vector product (their code: finite differences). The whole list: docs/maesn.md.
+Differs from the paper in: the policy reads the direction of z only (--no-normalise-latent: z),
+three inner steps in training (one), the latent alone adapts, as in the authors' code
+(--adapt-policy: the weights too), and the exact Fisher-vector product (their code: finite
+differences). The whole list: docs/maesn.md.
 """
 
 from __future__ import annotations
 
 import atexit
-import copy
 import difflib
 import importlib.util
 import math
@@ -39,24 +51,24 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import zipfile
 import zlib
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import ClassVar, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import ClassVar, Literal, NoReturn
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback, during these imports too
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends quietly, during these imports too
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
 import tyro
-from gymnasium.vector.utils import batch_space
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 from torch.func import functional_call, grad, vjp, vmap
 from torch.nn.utils import parameters_to_vector
@@ -64,129 +76,98 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
+# fmt: off
 @dataclass
 class Args:
-    exp_name: str = "maesn"
-    """name of the experiment, part of the run's folder"""
-    env_id: str = "SparsePointRobot-v0"
-    """task family: one of the suite (docs/tasks.md), or module:Id-v0 for your own"""
-    seed: int = 1
-    """seed of the initial parameters, episodes and action noise"""
-    task_seed: int = 0
-    """seed of the task draws: training and held-out tasks depend on nothing else"""
-    total_timesteps: int = 2_000_000
-    """environment steps of training, adaptation episodes included, meta-test excluded"""
-    meta_batch_size: int = 20
-    """N, tasks per iteration"""
-    episodes_per_task: int = 10
-    """E, episodes per task in each phase of an iteration: before adaptation, and after every inner step"""
-    horizon: int = 0
-    """T, steps per episode at most (0: the family's own)"""
-    num_train_tasks: int = 100
-    """size of the set of training tasks; each has its own latent distribution"""
-    num_test_tasks: int = 30
-    """held-out tasks of the meta-test"""
-    num_eval_steps: int = 10
-    """adaptation steps at meta-test"""
-    eval_episodes: int = 50
-    """episodes per task before each adaptation step at meta-test"""
-    deterministic_eval: bool = False
-    """score with the mean action instead of sampled ones; z is sampled all the same"""
-    train_reward: Literal["dense", "sparse"] = "dense"
-    """reward of meta-training, dense or sparse"""
-    test_reward: Literal["dense", "sparse"] = "sparse"
-    """reward of the meta-test, dense or sparse"""
-    gamma: float = 0.99
-    """discount per step"""
-    cuda: bool = False
-    """compute on the GPU (these networks are small: the CPU is faster, a large --hidden-size aside)"""
-    torch_deterministic: bool = True
-    """use deterministic kernels only"""
-    num_threads: int = 0
-    """CPU threads of torch and of the simulator (0: all cores)"""
-    eval_every: int = 25
-    """iterations between meta-tests"""
-    checkpoint_every: int = 10
-    """iterations between checkpoints"""
-    resume: str = ""
-    """folder of the run to go on with, from its last checkpoint"""
-    evaluate: str = ""
-    """folder of the run to meta-test, without training; draws its episodes if the tasks are places in the plane"""
+    exp_name: str = "maesn"  # name of the experiment, part of the run's folder
+    env_id: str = "SparsePointRobot-v0"  # task family: one of the suite (docs/tasks.md), or module:Id-v0 for your own
+    seed: int = 1  # seed of the initial parameters, episodes and action noise
+    task_seed: int = 0  # seed of the task draws: training and held-out tasks depend on nothing else
+    total_timesteps: int = 2_000_000  # environment steps of training, adaptation episodes included
+    meta_batch_size: int = 20  # N, tasks per iteration
+    episodes_per_task: int = 10  # E, episodes per task before adaptation, and after every inner step
+    horizon: int = 0  # T, steps per episode at most (0: the family's own)
+    num_train_tasks: int = 100  # size of the set of training tasks; each has its own latent distribution
+    num_test_tasks: int = 30  # held-out tasks of the meta-test
+    num_eval_steps: int = 10  # adaptation steps at meta-test
+    eval_episodes: int = 50  # episodes per task before each of them
+    deterministic_eval: bool = False  # score with the mean action instead of sampled ones; z is sampled all the same
+    train_reward: Literal["dense", "sparse"] = "dense"  # reward of meta-training
+    test_reward: Literal["dense", "sparse"] = "sparse"  # reward of the meta-test
+    gamma: float = 0.99  # discount per step
+    cuda: bool = False  # compute on the GPU (these networks are small: a CPU is faster, a large --hidden-size aside)
+    torch_deterministic: bool = True  # use deterministic kernels only
+    num_threads: int = 0  # CPU threads of torch and of the simulator (0: all cores)
+    eval_every: int = 25  # iterations between meta-tests
+    checkpoint_every: int = 10  # iterations between checkpoints
+    resume: str = ""  # folder of the run to go on with, from its last checkpoint
+    evaluate: str = ""  # folder of the run to meta-test, without training
 
-    hidden_size: int = 64
-    """units in each of the policy's two hidden layers"""
-    init_std: float = 1.0
-    """standard deviation of the actions before training, of [-1, 1]"""
-    latent_dim: int = 2
-    """Z, dimensions of the latent z"""
-    init_mu_std: float = 1.0
-    """standard deviation over tasks of the latents' means μ before training"""
-    normalise_latent: bool = True
-    """scale z to the length √Z before the policy reads it: only its direction counts"""
-    latent_adaptation: bool = True
-    """adapt the latent in training (no: the LatentSpace baseline, whose latents are adapted at meta-test only)"""
-    adapt_policy: bool = False
-    """adapt the policy's weights too, by policy gradient with a learned step size for each"""
-    num_inner_steps: int = 3
-    """K, adaptation steps in training"""
-    inner_lr: float = 1.5
-    """α before training, step size of the latents' means μ"""
-    sigma_lr: float = 0.5
-    """the same of the latents' log σ"""
-    policy_lr: float = 0.1
-    """the same of the policy's weights, with --adapt-policy"""
-    eval_lr_decay: float = 0.5
-    """factor on α at each adaptation step at meta-test, from the third on"""
-    kl_weight: float = 0.1
-    """w, weight of the KL from the prior to the latents before adaptation"""
-    gae_lambda: float = 1.0
-    """λ of generalised advantage estimation"""
-    max_kl: float = 0.01
-    """δ, trust region: mean KL between old and new action distributions after adaptation, nats"""
-    cg_iters: int = 10
-    """conjugate gradient iterations"""
-    cg_damping: float = 1e-5
-    """multiple of the identity added to the Fisher matrix"""
+    hidden_size: int = 64  # units in each of the policy's two hidden layers
+    init_std: float = 1.0  # standard deviation of the actions before training, of [-1, 1]
+    latent_dim: int = 2  # Z, dimensions of the latent z
+    init_mu_std: float = 1.0  # standard deviation over tasks of the latents' means μ before training
+    normalise_latent: bool = True  # scale z to the length √Z before the policy reads it: only its direction counts
+    latent_adaptation: bool = True  # adapt the latent in training (no: LatentSpace, at meta-test only)
+    adapt_policy: bool = False  # adapt the policy's weights too, by policy gradient with a learned step size for each
+    num_inner_steps: int = 3  # K, adaptation steps in training
+    inner_lr: float = 1.5  # α before training, step size of the latents' means μ
+    sigma_lr: float = 0.5  # the same of the latents' log σ
+    policy_lr: float = 0.1  # the same of the policy's weights, with --adapt-policy
+    eval_lr_decay: float = 0.5  # factor on α at each adaptation step at meta-test, from the third on
+    kl_weight: float = 0.1  # w, weight of the KL from the prior to the latents before adaptation
+    gae_lambda: float = 1.0  # λ of generalised advantage estimation
+    max_kl: float = 0.01  # δ, trust region: mean KL between old and new action distributions after adaptation, nats
+    cg_iters: int = 10  # conjugate gradient iterations
+    cg_damping: float = 1e-5  # multiple of the identity added to the Fisher matrix
+
+    may_be_zero: ClassVar = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps",
+                             "init_mu_std", "kl_weight", "gae_lambda", "cg_damping"}
+    at_most_one: ClassVar = {"gamma", "gae_lambda"}
+# fmt: on
 
 
-# ---------------------------------------------------------------------------------------------------------- the policy
+# ------------------------------------------------------------------------------------- the policy
 
 
 class Policy(nn.Module):
-    """Two tanh layers to the parameters of the action distribution: obs (..., O) and z, given once for all that it
-    broadcasts to, -> (..., D).
+    """Two tanh layers to the parameters of the action distribution: obs (..., O) and z -> (..., D).
 
-    Box: mean and log std, D = 2A, the log std independent of the observation. Discrete: n logits, D = n.
+    z is given once for all that it broadcasts to. Box: mean and log std, D = 2A, the log std
+    independent of the observation. Discrete: n logits.
     """
 
-    def __init__(self, obs_size, latent_dim, action_space, hidden_size, init_std=1.0, normalise_latent=True):
+    def __init__(self, obs_size: int, action_space: gym.Space, args: Args):
         super().__init__()
-        self.normalise_latent, self.discrete = normalise_latent, isinstance(action_space, gym.spaces.Discrete)
-        self.out_size, n = int(action_space.n) if self.discrete else action_space.shape[0], hidden_size
-        hidden = [nn.Linear(obs_size + latent_dim, n), nn.Tanh(), nn.Linear(n, n), nn.Tanh()]
-        self.net = nn.Sequential(*hidden, nn.Linear(n, self.out_size))
+        self.normalise_latent = args.normalise_latent
+        self.discrete = isinstance(action_space, gym.spaces.Discrete)
+        out_size = int(action_space.n) if self.discrete else action_space.shape[0]
+        self.net = nn.Sequential(
+            nn.Linear(obs_size + args.latent_dim, args.hidden_size),
+            nn.Tanh(),
+            nn.Linear(args.hidden_size, args.hidden_size),
+            nn.Tanh(),
+            nn.Linear(args.hidden_size, out_size),
+        )
         for layer in self.net[::2]:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         if not self.discrete:
-            self.log_std = nn.Parameter(torch.full((self.out_size,), math.log(init_std)))
+            self.log_std = nn.Parameter(torch.full((out_size,), math.log(args.init_std)))
 
     def forward(self, obs: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         if self.normalise_latent:
             z = math.sqrt(z.shape[-1]) * z / (z.norm(dim=-1, keepdim=True) + 1e-8)
         out = self.net(torch.cat([obs, z.expand(*obs.shape[:-1], -1)], -1))
-        return out if self.discrete else torch.cat([out, self.log_std.clamp(min=math.log(1e-6)).expand_as(out)], -1)
-
-    def distribution(self, dist: torch.Tensor) -> Categorical | Independent:
-        """The distribution with parameters dist (..., D); its log_prob and KL are sums over the action's dimensions."""
         if self.discrete:
-            return Categorical(logits=dist, validate_args=False)
-        mean, log_std = dist.chunk(2, -1)
-        return Independent(Normal(mean, log_std.exp(), validate_args=False), 1)
+            return out
+        log_std = self.log_std.clamp(min=math.log(1e-6))  # the original's floor
+        return torch.cat([out, log_std.expand_as(out)], -1)
 
 
-# Dictionaries by name: φ, what is adapted to a task, has mu and log_sigma (Z,), and with --adapt-policy the weights; θ
-# has the weights before adaptation, for all tasks. φ of N tasks has a leading axis.
+# Dictionaries by name: φ, what is adapted to a task, has mu and log_sigma (Z,), and with
+# --adapt-policy the weights; θ has the weights before adaptation, for all tasks. φ of N tasks has a
+# leading axis.
 
 
 def latent(phi, eps) -> torch.Tensor:
@@ -194,319 +175,294 @@ def latent(phi, eps) -> torch.Tensor:
     return phi["mu"].unsqueeze(-2) + phi["log_sigma"].exp().unsqueeze(-2) * eps
 
 
-def act(theta, phi, obs, z, policy) -> torch.Tensor:
-    """What the policy of one task does: obs (E, ..., O), z (E, ..., Z) -> dist (E, ..., D)."""
-    return functional_call(policy, {name: phi.get(name, p) for name, p in theta.items()}, (obs, z))
+def behave(phi, theta, obs, z, policy) -> torch.Tensor:
+    """What the policy of one task does: obs (E, ..., O), z (E, ..., Z) -> (E, ..., D)."""
+    weights = {name: phi.get(name, p) for name, p in theta.items()}
+    return functional_call(policy, weights, (obs, z))
 
 
-# ------------------------------------------------------------------------------------------------------- the algorithm
+# ---------------------------------------------------------------------------------- the algorithm
 
 
-def episode_advantages(batch, gamma) -> torch.Tensor:
-    """(3) Â (N, E): discounted returns less the baseline at the start, mean 0 and std 1 over the episodes of each task.
+def episode_advantages(batch, args) -> torch.Tensor:
+    """(3) Â (N, E): discounted returns less the baseline at the start, standardised per task.
 
-    0 where all returns of a task are equal: what is left of them is rounding, and there is nothing to adapt to.
+    0 where all returns of a task are equal: what is left of them is rounding, and there is nothing
+    to adapt to.
     """
-    returns = discounted_sum(batch["rewards"], gamma)
-    advantages = (returns - linear_baseline(batch["obs"], returns, batch["mask"]))[..., 0]
-    centred, returns = advantages - advantages.mean(1, keepdim=True), returns[..., 0]
+    returns = discounted_sum(batch["rewards"], args.gamma)
+    baseline = linear_baseline(batch["obs"], returns, batch["mask"])
+    advantages = (returns - baseline)[..., 0]
+    returns = returns[..., 0]
+    centred = advantages - advantages.mean(1, keepdim=True)
     differ = returns.amax(1) - returns.amin(1) > 1e-6 * returns.abs().amax(1)
-    return centred / (centred.std(1, correction=0, keepdim=True) + 1e-8) * differ.unsqueeze(1)
+    std = centred.std(1, correction=0, keepdim=True)
+    return centred / (std + 1e-8) * differ.unsqueeze(1)
 
 
-def collect(theta, phi, tasks, rng, envs, policy, horizon, gamma, gae_lambda, reward, deterministic=False) -> dict:
-    """(2), (3), (5) E episodes in each of N tasks, in task i with φ_i, and their advantages; tasks: (N, task size).
+@torch.no_grad()
+def collect(params, tasks, key, policy, args, test=False, deterministic=False) -> dict:
+    """(2), (3), (5) E episodes in each of N tasks, in task i with φ_i, and their advantages.
 
-    Returns eps and z (N, E, Z) and episode_advantages (N, E); obs (N, E, T, O), actions (N, E, T, A) or (N, E, T), dist
-    (N, E, T, D) and its logprobs, and rewards, advantages and mask (0 after an episode's end), all (N, E, T).
+    params: (θ, φ of N tasks); tasks: (N, K); key: of the draws. Returns the batch of rollout with
+    the rewards of training or of the test; ε and z of its episodes, eps and z (N, E, Z); advantages
+    (N, E, T) and episode_advantages (N, E); and what the policies do: dist_params (N, E, T, D) and
+    the actions' logprobs (N, E, T).
     """
-    tensor = partial(torch.as_tensor, dtype=torch.get_default_dtype(), device=phi["mu"].device)
-    n, distributions = len(tasks), vmap(partial(act, theta, policy=policy))
-    eps = tensor(rng.normal(size=(envs.total_lanes, phi["mu"].shape[-1]))[envs.lanes]).unflatten(0, (n, -1))
-    noise = rng.gumbel if policy.discrete else rng.normal
-    noise = noise(size=(envs.total_lanes, horizon, policy.out_size))[envs.lanes] * (not deterministic)
-    noise, z = tensor(noise), latent(phi, eps)
+    theta, phi = params
+    policies = vmap(lambda phi, obs, z: behave(phi, theta, obs, z, policy))
+    episodes = args.eval_episodes if test else args.episodes_per_task
+    purpose, *numbers = key
+    rng = keyed_rng(args.seed, f"latents of {purpose}", *numbers)
+    eps = rng.normal(size=(len(tasks), episodes, args.latent_dim))
+    eps = torch.as_tensor(eps).to(phi["mu"])
+    z = latent(phi, eps)
 
-    def action(obs, t):  # (N E, O) -> (N E, A) or (N E,)
-        dist = distributions(phi, obs.unflatten(0, (n, -1)), z).flatten(0, 1)
-        if policy.discrete:
-            return (dist + noise[:, t]).argmax(-1)  # Gumbel noise makes it a draw from the softmax
-        mean, log_std = dist.chunk(2, -1)
-        return mean + log_std.exp() * noise[:, t]
+    def act(params, obs, noise):
+        phi, z = params
+        return draw_actions(policies(phi, obs, z), noise, policy.discrete)
 
-    with torch.no_grad():
-        batch = rollout(envs, action, np.repeat(tasks, envs.num_envs // n, axis=0), horizon, rng, noise.device)
-        batch = {name: x.unflatten(0, (n, -1)) for name, x in batch.items()} | {"eps": eps, "z": z}
-        if reward == "sparse":
-            batch["rewards"] = batch["sparse_reward"]
-        batch["episode_advantages"] = episode_advantages(batch, gamma)
-        batch["advantages"] = standardised_advantages(batch, gamma, gae_lambda)
-        batch["dist"] = distributions(phi, batch["obs"], z.unsqueeze(2))
-        batch["logprobs"] = policy.distribution(batch["dist"]).log_prob(batch["actions"])
+    batch = rollout(act, (phi, z), tasks, episodes, key, args, deterministic)
+    batch["rewards"] = batch[f"{args.test_reward if test else args.train_reward}_rewards"]
+    batch["eps"] = eps
+    batch["z"] = z
+    batch["episode_advantages"] = episode_advantages(batch, args)
+    batch["advantages"] = standardised_advantages(batch, args)
+    batch["dist_params"] = policies(phi, batch["obs"], z.unsqueeze(2))
+    batch["logprobs"] = distribution(batch["dist_params"], policy.discrete).log_prob(
+        batch["actions"]
+    )
     return batch
 
 
 def inner_loss(phi, theta, batch, policy) -> torch.Tensor:
     """L of one task, batch without its task axis; z is what was drawn, a constant.
 
-    With weights in φ, less the mean over steps of π_φ(a|o,z) / π_old(a|o,z) A, as the lvc of maml_trpo.py.
+    With weights in φ, less the mean over steps of π_φ(a|o,z) / π_old(a|o,z) A, which is the lvc of
+    maml_trpo.py.
     """
-    log_density = Normal(phi["mu"], phi["log_sigma"].exp(), validate_args=False).log_prob(batch["z"]).sum(-1)
+    density = Normal(phi["mu"], phi["log_sigma"].exp(), validate_args=False)
+    log_density = density.log_prob(batch["z"]).sum(-1)
     loss = -(log_density * batch["episode_advantages"]).mean()
     if phi.keys() & theta.keys():
-        dist = policy.distribution(act(theta, phi, batch["obs"], batch["z"].unsqueeze(1), policy))
-        ratio = torch.exp((dist.log_prob(batch["actions"]) - batch["logprobs"]) * batch["mask"])
+        dist_params = behave(phi, theta, batch["obs"], batch["z"].unsqueeze(1), policy)
+        ratio = probability_ratio(dist_params, batch, policy.discrete)
         loss = loss - masked_mean(ratio * batch["advantages"], batch["mask"])
     return loss
 
 
-def inner_step(phi, theta, batch, lr, policy) -> dict:
-    """(4) φ' = φ - α ∇L(φ) for one task; lr: α by name, what it does not name stays as it is."""
+def inner_step(phi, theta, batch, step_sizes, policy) -> dict:
+    """(4) φ' = φ - α ∇L(φ) for one task; step_sizes: α by name, what has none stays as it is."""
     grads = grad(inner_loss)(phi, theta, batch, policy)
-    return {name: p - lr[name] * grads[name] if name in lr else p for name, p in phi.items()}
+    moved = {name: phi[name] - alpha * grads[name] for name, alpha in step_sizes.items()}
+    return {name: moved.get(name, p) for name, p in phi.items()}
+
+
+def adapt_all(phi, theta, batch, step_sizes, policy) -> dict:
+    """(4) for N tasks at once: φ and batch have a leading axis."""
+    step = partial(inner_step, step_sizes=step_sizes, policy=policy)
+    return vmap(step, in_dims=(0, None, 0))(phi, theta, batch)
 
 
 def split(meta) -> tuple[dict, dict, dict]:
-    """Meta-parameters to the policy's weights, the table of latents (M, Z), and the step sizes α of what is adapted."""
+    """Meta-parameters to θ, the table of latents (M, Z), and the step sizes α of what is adapted."""
     table = {name: meta[name] for name in ("mu", "log_sigma")}
-    lr = {name.removeprefix("log_lr."): p.exp() for name, p in meta.items() if name.startswith("log_lr.")}
-    return {name: p for name, p in meta.items() if name not in table and not name.startswith("log_lr.")}, table, lr
+    rest = {name: p for name, p in meta.items() if name not in table}
+    theta = {name: p for name, p in rest.items() if not name.startswith("log_lr.")}
+    step_sizes = {name.removeprefix("log_lr."): rest[name].exp() for name in rest.keys() - theta}
+    return theta, table, step_sizes
 
 
-def start(theta, latents, lr) -> dict:
-    """φ of N tasks before adaptation: latents, (N, Z) by name, and the weights that have a step size."""
+def start(theta, latents, step_sizes) -> dict:
+    """φ of N tasks before adaptation: latents (N, Z) by name, and the weights that are adapted."""
     n = len(latents["mu"])
-    return latents | {name: p.expand(n, *p.shape) for name, p in theta.items() if name in lr}
+    return latents | {
+        name: p.expand(n, *p.shape) for name, p in theta.items() if name in step_sizes
+    }
 
 
-def adapted_distributions(vector, like, rows, inner_batches, outer_batch, policy) -> torch.Tensor:
-    """The map of (6)-(8): meta-parameters (P,), named as in like, to what is done on outer_batch, dist (N, E, T, D).
+def adapted_policies(vector, like, rows, batches, policy) -> torch.Tensor:
+    """The map of (6)-(8): meta-parameters (P,), named as in like, to what is done on batches[-1].
 
-    rows (N,): those of the tasks in the table.
+    rows (N,): those of the tasks in the table; all batches but the last are adapted to. Returns
+    (N, E, T, D).
     """
-    theta, table, lr = split(unflatten(vector, like))
+    *inner_batches, outer_batch = batches
+    theta, table, step_sizes = split(unflatten(vector, like))
 
     def of_task(phi, inner_batches, obs, eps):
         for batch in inner_batches:
-            phi = inner_step(phi, theta, batch, lr, policy)
-        return act(theta, phi, obs, latent(phi, eps).unsqueeze(1), policy)
+            phi = inner_step(phi, theta, batch, step_sizes, policy)
+        return behave(phi, theta, obs, latent(phi, eps).unsqueeze(1), policy)
 
-    phi = start(theta, {name: p[rows] for name, p in table.items()}, lr)
-    return vmap(of_task)(phi, inner_batches, outer_batch["obs"], outer_batch["eps"])
+    phi = start(theta, {name: p[rows] for name, p in table.items()}, step_sizes)
+    together = vmap(of_task, chunk_size=tasks_at_once(outer_batch["obs"]))
+    return together(phi, inner_batches, outer_batch["obs"], outer_batch["eps"])
 
 
 def latent_kl(vector, like, rows, weight=1.0) -> torch.Tensor:
-    """weight KL(N(μ_i, σ_i²) || N(0, I)), summed over dimensions, mean over the tasks' rows; before adaptation."""
-    mu, log_sigma = (unflatten(vector, like)[name][rows] for name in ("mu", "log_sigma"))
+    """weight KL(N(μ_i, σ_i²) || N(0, I)) before adaptation, summed over Z, mean over tasks (rows)."""
+    meta = unflatten(vector, like)
+    mu = meta["mu"][rows]
+    log_sigma = meta["log_sigma"][rows]
     return 0.5 * weight * (mu**2 + (2 * log_sigma).exp() - 1 - 2 * log_sigma).sum(-1).mean()
 
 
-def evaluate(meta, tasks, collect, adapt, group, num_steps, inner_lr, lr_decay, seed, deterministic=False, paths=None):
-    """(9) Meta-test on tasks (M, task size): the scores before and after each of num_steps adaptation steps.
+def evaluate(meta, tasks, policy, args) -> tuple[dict, dict]:
+    """(9) Meta-test on tasks (M, K): the scores before and after each of num_eval_steps adaptations.
 
-    collect and adapt: collect and inner_step with their settings; group: the tasks that collect's lanes hold at once;
-    inner_lr: α by name, of latents that have not learned it; paths: a list that gets the first group's observations,
-    phase by phase. Returns {"return": (num_steps + 1, M), ...}, means over a task's episodes; "found" is whether any of
-    the episodes adapted to so far was a success. Draws depend on seed and group alone: every call meets the same ones.
+    Returns {"return": (num_eval_steps + 1, M), ...}, means over a task's episodes, and the first
+    tasks' episodes; "found" is whether any of the episodes adapted to so far was a success. Draws
+    depend on the seed alone: every call meets the same episodes. Only sampled episodes are adapted
+    to; those of --deterministic-eval are extra.
     """
-    theta, table, lr = split(meta)
-    hold = 1 if "mu" in lr else 2  # step sizes until they shrink, as in the original
-    lr = inner_lr | lr
-    scores = {}
-    for first in range(0, len(tasks), group):
-        members = (first + np.arange(group))[shard(group)]  # the last group wraps around
-        prior = {name: p.new_zeros(len(members), p.shape[1]) for name, p in table.items()}
-        phi = start(theta, prior, lr)
-        for k in range(num_steps + 1):
-            episodes = partial(collect, theta, phi, tasks[members % len(tasks)], keyed_rng(seed, "eval", first, k))
-            batch = episodes()
-            scored = episodes(deterministic=True) if deterministic else batch
-            hit = batch.get("success", torch.zeros_like(batch["rewards"])).amax((1, 2))
-            for name, score in (episode_scores(scored) | {"hit": hit}).items():
-                scores.setdefault(name, score.new_zeros(num_steps + 1, len(tasks) + group))[k, members] = score
-            if paths is not None and first == 0:
-                paths.append(batch["obs"])
-            if k < num_steps:
-                scaled_lr = {name: x * lr_decay ** max(0, k - hold) for name, x in lr.items()}
-                phi = vmap(partial(adapt, lr=scaled_lr), in_dims=(0, None, 0))(phi, theta, batch)
-    scores = gather_scores(scores, len(tasks))
-    hit = np.maximum.accumulate(scores.pop("hit"))
+    theta, table, learned = split(meta)
+    hold = 1 if "mu" in learned else 2  # step sizes until they shrink, as in the original
+    step_sizes = {"mu": args.inner_lr, "log_sigma": args.sigma_lr} | learned
+    scores = [[] for _ in range(args.num_eval_steps + 1)]
+    episodes = {}
+    for first in range(0, len(tasks), args.meta_batch_size):
+        group = tasks[np.arange(first, first + args.meta_batch_size) % len(tasks)]  # wraps around
+        prior = {name: p.new_zeros(len(group), args.latent_dim) for name, p in table.items()}
+        phi = start(theta, prior, step_sizes)
+        for k in range(args.num_eval_steps + 1):
+            play = partial(
+                collect, (theta, phi), group, ("eval", first, k), policy, args, test=True
+            )
+            batch = play()
+            extra = play(deterministic=True) if args.deterministic_eval else None
+            scores[k].append(episode_scores(batch, extra))
+            if first == 0:
+                episodes[f"obs_{k}"] = batch["obs"]
+            if k < args.num_eval_steps:
+                decay = args.eval_lr_decay ** max(0, k - hold)
+                shrunk = {name: alpha * decay for name, alpha in step_sizes.items()}
+                phi = adapt_all(phi, theta, batch, shrunk, policy)
+    scores = stack_scores(scores, len(tasks))
     if "success" in scores:
-        scores["found"] = np.concatenate([np.zeros_like(hit[:1]), hit[:-1]])
-    return scores
-
-
-def episodes_figure(file: Path, paths: list[torch.Tensor], goals: np.ndarray):
-    """A figure of the episodes before adaptation and after its last step; paths of (N, E, T, O), O from x and y on."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print("no figure of the episodes: it needs matplotlib (pip install matplotlib)")
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    before, after = figure.subplots(1, 2, sharex=True, sharey=True)
-    for axes, shown, title in ((before, paths[0][:1], "z from the prior"), (after, paths[-1][:5], "after adaptation")):
-        for i, (goal, episodes) in enumerate(zip(goals, shown.cpu(), strict=False)):
-            axes.plot(*episodes[..., :2].permute(2, 1, 0), color=f"C{i}", alpha=0.4, linewidth=0.8)
-            axes.plot(*goal[:2], "*", color=f"C{i}", markersize=14, markeredgecolor="k")
-        axes.set(title=f"{shown.shape[1]} episodes per task, {title}", aspect="equal")
-    figure.savefig(file, dpi=120)
-    print(f"drew {file}")
+        hits = np.maximum.accumulate(scores.get("sampled_success", scores["success"]) > 0)
+        scores["found"] = np.concatenate([np.zeros_like(hits[:1]), hits[:-1]]).astype(float)
+    return scores, episodes
 
 
 def main(args: Args) -> dict[str, float]:
     """Train, resume or only evaluate; returns the last value of every eval/* and charts/* tag."""
-    device = setup(args)
-    checkpoint = load_checkpoint(args.resume or args.evaluate, Args) if args.resume or args.evaluate else {}
-    iteration, global_step = checkpoint.get("iteration", 0), checkpoint.get("global_step", 0)
-    if args.resume and global_step >= args.total_timesteps:
-        show(f"{args.resume} is complete; its meta-test:")
-        args = replace(args, resume="", evaluate=args.resume)
+    args, device, checkpoint = setup(args)
     if not args.num_train_tasks:
-        fail("--num-train-tasks 0: every training task has a latent of its own, so that there must be a set of them")
+        fail(
+            "--num-train-tasks 0: each training task has its own latent: there must be a set of them"
+        )
     if args.latent_dim == 1 and args.normalise_latent:  # z / |z| is ±1 and has no gradient
-        fail("--latent-dim 1: its direction is a sign: give --latent-dim 2 or --no-normalise-latent")
+        fail(
+            "--latent-dim 1: its direction is a sign: give --latent-dim 2 or --no-normalise-latent"
+        )
+    envs, train_tasks, test_tasks = make_tasks(args)
 
-    # tasks, and environments with a lane per episode
-    n = args.meta_batch_size
-    lanes, eval_lanes = n * args.episodes_per_task, n * args.eval_episodes
-    envs = make_envs(args.env_id, lanes, args.num_threads, shard(lanes))
-    eval_envs = make_envs(args.env_id, eval_lanes, args.num_threads, shard(eval_lanes)) if eval_lanes != lanes else envs
-    horizon = args.horizon or envs.horizon or fail(f"{args.env_id} has no time limit of its own: give --horizon")
-    test_tasks = envs.sample_test_tasks(args.num_test_tasks, np.random.default_rng([args.task_seed, 1]))
-    train_tasks = envs.sample_tasks(args.num_train_tasks, np.random.default_rng([args.task_seed, 0]))
-    if "sparse" in (args.train_reward, args.test_reward):
-        require_sparse_reward(envs, test_tasks[:1])
-
-    # meta-parameters: the policy's weights, the table of latents, and the logarithms of the step sizes
-    read, size = envs.single_observation_space.shape[0], (args.num_train_tasks, args.latent_dim)
-    acts, options = envs.single_action_space, (args.hidden_size, args.init_std, args.normalise_latent)
-    policy = Policy(read, args.latent_dim, acts, *options)
+    # meta-parameters: the policy's weights, the table of latents, and the logarithms of step sizes
+    policy = Policy(envs.single_observation_space.shape[0], envs.single_action_space, args)
     meta = {name: p.detach() for name, p in policy.named_parameters()}
-    table = {"mu": args.init_mu_std * torch.randn(size), "log_sigma": torch.zeros(size)}
-    steps = {name: torch.full_like(p, args.policy_lr) for name, p in meta.items() if args.adapt_policy}
-    inner_lr = {"mu": args.inner_lr, "log_sigma": args.sigma_lr}
+    step_sizes = {}
+    if args.adapt_policy:
+        step_sizes = {name: torch.full_like(p, args.policy_lr) for name, p in meta.items()}
     if args.latent_adaptation:
-        steps |= {name: torch.full((args.latent_dim,), alpha) for name, alpha in inner_lr.items()}
-    meta |= table | {f"log_lr.{name}": alpha.log() for name, alpha in steps.items()}
-    meta = {name: p.to(device) for name, p in (checkpoint["meta"] if checkpoint else meta).items()}
+        step_sizes["mu"] = torch.full((args.latent_dim,), args.inner_lr)
+        step_sizes["log_sigma"] = torch.full((args.latent_dim,), args.sigma_lr)
+    meta["mu"] = args.init_mu_std * torch.randn(args.num_train_tasks, args.latent_dim)
+    meta["log_sigma"] = torch.zeros(args.num_train_tasks, args.latent_dim)
+    meta |= {f"log_lr.{name}": alpha.log() for name, alpha in step_sizes.items()}
+    meta = restore({name: p.to(device) for name, p in meta.items()}, checkpoint.get("meta"))
+    num_inner_steps = args.num_inner_steps if step_sizes else 0  # else nothing adapts
 
-    # the functions above with this run's settings
-    sampling = {"policy": policy, "horizon": horizon, "gamma": args.gamma, "gae_lambda": args.gae_lambda}
-    collect_train = partial(collect, envs=envs, reward=args.train_reward, **sampling)
-    collect_test = partial(collect, envs=eval_envs, reward=args.test_reward, **sampling)
-    adapt = partial(inner_step, policy=policy)
-    meta_test = partial(
-        evaluate, tasks=test_tasks, collect=collect_test, adapt=adapt, group=n, num_steps=args.num_eval_steps,
-        inner_lr=inner_lr, lr_decay=args.eval_lr_decay, seed=args.seed, deterministic=args.deterministic_eval,
-    )  # fmt: skip
-    trust_region = {"max_kl": args.max_kl, "cg_iters": args.cg_iters, "cg_damping": args.cg_damping}
     if args.evaluate:
-        metrics = report(meta_test(meta, paths=(paths := [])), test_tasks, args.eval_episodes, printed=True)
-        if args.env_id in [*POINT_FAMILIES, "AntGoal-v0", "SparseAntGoal-v0"] and ranks()[0] == 0:
-            episodes_figure(Path(args.evaluate) / "episodes.png", paths, test_tasks)
-        return metrics
+        scores, episodes = evaluate(meta, test_tasks, policy, args)
+        return report(scores, test_tasks, args, episodes)
 
-    num_inner_steps = args.num_inner_steps if steps else 0  # nothing to adapt: no episodes for it
-    with closing(Run(args, global_step)) as run:
-        while global_step < args.total_timesteps and not run.stopping():
-            iteration, begin = iteration + 1, time.perf_counter()
-
-            # (1) tasks; each rank takes its share
-            order = keyed_rng(args.seed, "tasks", iteration).permutation(args.num_train_tasks)
-            rows = np.resize(order, n)[shard(n)]
+    with Run(args, checkpoint) as run:
+        while run.next_iteration():
+            # (1) tasks, by their rows in the table
+            rows = meta_batch(envs, np.arange(args.num_train_tasks), args, run.iteration)
             tasks = train_tasks[rows]
 
             # (2)-(5) collect and adapt, and collect with the adapted latents
-            theta, table, lr = split(meta)
-            phi, batches = start(theta, {name: p[rows] for name, p in table.items()}, lr), []
+            theta, table, step_sizes = split(meta)
+            phi = start(theta, {name: p[rows] for name, p in table.items()}, step_sizes)
+            batches = []
             for k in range(num_inner_steps + 1):
-                batches.append(collect_train(theta, phi, tasks, keyed_rng(args.seed, "train", iteration, k)))
+                batches.append(collect((theta, phi), tasks, run.key("train", k), policy, args))
                 if k < num_inner_steps:
-                    phi = vmap(partial(adapt, lr=lr), in_dims=(0, None, 0))(phi, theta, batches[k])
-            collected = time.perf_counter()
+                    phi = adapt_all(phi, theta, batches[k], step_sizes, policy)
+            run.lap("collect")
 
             # (6)-(8) meta-update
-            *inner_batches, outer_batch = batches
-            of_rows = {"like": meta, "rows": rows}
-            dist_of = partial(adapted_distributions, **of_rows, inner_batches=inner_batches)
-            dist_of = partial(dist_of, outer_batch=outer_batch, policy=policy)
-            penalty = partial(latent_kl, **of_rows, weight=args.kl_weight / ranks()[1])
+            outer_batch = batches[-1]
+            dist_of = partial(
+                adapted_policies, like=meta, rows=rows, batches=batches, policy=policy
+            )
+
+            penalty = partial(
+                latent_kl, like=meta, rows=rows, weight=args.kl_weight / run.num_ranks
+            )
             vector = parameters_to_vector(meta.values())
-            vector, losses = meta_update(vector, dist_of, outer_batch, policy, penalty=penalty, **trust_region)
+            vector, losses = meta_update(vector, dist_of, outer_batch, policy, args, penalty)
+            losses["losses/latent_kl"] = task_mean(latent_kl(vector, meta, rows))
             meta = unflatten(vector, meta)
-            updated = time.perf_counter()
+            run.lap("update")
 
             # log, (9) meta-test, save
-            global_step += int(all_reduce(sum(batch["mask"].sum() for batch in batches)))
-            entropy = policy.distribution(outer_batch["dist"]).entropy()
+            run.global_step += num_steps(batches)
+            entropy = distribution(outer_batch["dist_params"], policy.discrete).entropy()
             metrics = losses | {
-                "losses/latent_kl": task_mean(latent_kl(vector, **of_rows)),
                 "losses/entropy": task_mean(masked_mean(entropy, outer_batch["mask"], (1, 2))),
                 "charts/pre_adaptation_return": task_mean(episode_scores(batches[0])["return"]),
                 "charts/episodic_return": task_mean(episode_scores(outer_batch)["return"]),
                 "charts/episodic_length": task_mean(outer_batch["mask"].sum(-1)),
-                "time/collect": collected - begin,
-                "time/update": updated - collected,
             }
-            if iteration % args.eval_every == 0 or global_step >= args.total_timesteps:
-                scores = meta_test(meta)
-                metrics |= report(scores, test_tasks, args.eval_episodes) | {"time/eval": time.perf_counter() - updated}
-            run.log(metrics, global_step)
-            if iteration % args.checkpoint_every == 0:
-                run.save(meta=meta, iteration=iteration, global_step=global_step)
+            if run.due(args.eval_every):
+                scores, episodes = evaluate(meta, test_tasks, policy, args)
+                metrics |= report(scores, test_tasks, args)
+                run.lap("eval")
+            run.log(metrics)
+            if run.saving():
+                run.save(meta=meta)
+    if run.complete:
+        report(scores, test_tasks, args, episodes)
+    return run.metrics
 
-        run.save(meta=meta, iteration=iteration, global_step=global_step)
-    if global_step >= args.total_timesteps:
-        report(scores, test_tasks, args.eval_episodes, printed=True)
-    return {tag: value for tag, value in run.metrics.items() if tag.startswith(("eval/", "charts/"))}
 
-
-# ======================================================================================================================
-# From here on: blocks shared with the other scripts, the same bytes in each. The algorithm ends above this line.
-# ======================================================================================================================
+# ==================================================================================================
+# From here on: blocks shared with the other scripts, the same bytes in each.
+# ==================================================================================================
 
 # >>> shared: tasks
 
 POINT_FAMILIES = ["PointRobot-v0", "SparsePointRobot-v0", "Navigation2D-v0"]
 POINT_FAMILIES += [f"MultimodalNavigation{modes}-v0" for modes in (1, 2, 4, 6)]
+FAMILY_FILES = {  # what lies beside the scripts, and needs one more package
+    "mujoco_tasks": r"(HalfCheetah|(Sparse)?Ant|Humanoid|Walker2d|Hopper)\w+-v0",
+    "metaworld_tasks": r"ML\d+(-.*)?",
+}
 
 
-class TaskEnvs(gym.vector.VectorEnv):
-    """Lanes of a family of tasks; of total_lanes, this process steps those in the slice `lanes`.
+class PointEnvs(gym.vector.VectorEnv):
+    """Lanes of points in the plane, paid minus the distance to a goal that they do not see.
 
-    sample_tasks(n, rng) draws tasks (n, task size); reset(options={"task": tasks}) puts lane i on row i. Nothing resets
-    by itself: a lane that has ended stays put and pays 0. horizon: steps per episode, 0 if the family sets none.
-    num_modes: 0, or in a family with modes their number; the last number of a task is then the index of its mode.
+    tasks: (n, 2) goals, in MultimodalNavigation (n, 3), goals and the index of their mode. An
+    action of 1 pushes by 0.1 along its axis: the position, or in MultimodalNavigation the velocity.
+    reset puts lane i in task i; a lane that has ended stays put and pays 0. Formulas, sources:
+    docs/tasks.md.
     """
 
-    num_modes = 0
     metadata: ClassVar = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
 
-    def __init__(self, env_id, total_lanes, lanes, horizon, observation_space, action_space):
-        self.env_id, self.total_lanes, self.lanes, self.horizon = env_id, total_lanes, lanes, horizon
-        self.num_envs = len(range(total_lanes)[lanes])
-        self.single_observation_space, self.single_action_space = observation_space, action_space
-        self.observation_space = batch_space(observation_space, self.num_envs)
-        self.action_space = batch_space(action_space, self.num_envs)
-
-    def sample_test_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        return self.sample_tasks(n, rng)
-
-
-class PointEnvs(TaskEnvs):
-    """A point in the plane, paid minus the distance to a goal that it does not see. Formulas, sources: docs/tasks.md.
-
-    tasks: (n, 2) goals; in MultimodalNavigation (n, 3), goal and index of its mode. An action of 1 pushes by 0.1 along
-    its axis: the position, or in MultimodalNavigation the velocity.
-    """
-
-    def __init__(self, env_id: str, num_envs: int, lanes: slice):
+    def __init__(self, env_id: str, num_envs: int):
+        self.env_id = env_id
+        self.num_envs = num_envs
         self.momentum = env_id.startswith("Multimodal")
         self.num_modes = int(env_id[-4]) if self.momentum else 0
-        observation_space = gym.spaces.Box(-np.inf, np.inf, (4 if self.momentum else 2,), np.float64)
-        action_space = gym.spaces.Box(-1, 1, (2,), np.float64)
-        horizon = 20 if env_id.endswith("PointRobot-v0") else 100
-        super().__init__(env_id, num_envs, lanes, horizon, observation_space, action_space)
+        self.horizon = 20 if env_id.endswith("PointRobot-v0") else 100
+        obs_size = 4 if self.momentum else 2
+        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_size,), np.float64)
+        self.single_action_space = gym.spaces.Box(-1, 1, (2,), np.float64)
 
     def sample_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
         if self.env_id == "PointRobot-v0":
@@ -523,21 +479,23 @@ class PointEnvs(TaskEnvs):
         return np.column_stack([centre + rng.normal(size=(n, 2)), mode])
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        rng, shape = np.random.default_rng(seed), (self.total_lanes, 2)
+        rng = np.random.default_rng(seed)
         start = 1 if self.env_id == "PointRobot-v0" else 0.2 if self.momentum else 0
         self.goals = options["task"][:, :2]
-        self.position = rng.uniform(-start, start, shape)[self.lanes]
-        self.velocity = rng.uniform(-0.1, 0.1, shape)[self.lanes]  # only MultimodalNavigation has one
+        self.position = rng.uniform(-start, start, (self.num_envs, 2))
+        self.velocity = rng.uniform(-0.1, 0.1, (self.num_envs, 2))  # of MultimodalNavigation only
         self.ended = np.zeros(self.num_envs, bool)
         return self._obs(), {}
 
     def step(self, actions: np.ndarray):
         push = 0.1 * np.clip(actions, -1, 1)
         self.velocity = self.velocity + push if self.momentum else push
-        self.position = np.where(self.ended[:, None], self.position, self.position + self.velocity)
+        moved = self.position + self.velocity
+        self.position = np.where(self.ended[:, None], self.position, moved)
         offset = self.position - self.goals
         distance = np.linalg.norm(offset, axis=1)
-        reward, info = np.where(self.ended, 0, -distance), {}
+        reward = np.where(self.ended, 0, -distance)
+        info = {}
         if self.env_id == "SparsePointRobot-v0":
             hit = distance <= 0.2
             info = {"sparse_reward": np.where(hit, 1 - distance, 0), "success": hit}
@@ -549,190 +507,182 @@ class PointEnvs(TaskEnvs):
         return np.hstack([self.position, self.velocity]) if self.momentum else self.position
 
 
-MUJOCO_FAMILIES = {  # model, frame skip, leading qpos that are not observed, noise of the start, control cost
-    "HalfCheetahDir-v0": ("half_cheetah", 5, 1, 0.1, 0.05),
-    "HalfCheetahVel-v0": ("half_cheetah", 5, 1, 0.1, 0.05),
-    "AntDir-v0": ("ant", 5, 2, 0.1, 0.5),
-    "AntGoal-v0": ("ant", 5, 0, 0.1, 0.1),
-    "SparseAntGoal-v0": ("ant", 5, 0, 0.1, 0.1),
-    "HumanoidDir-v0": ("humanoid", 5, 2, 0.01, 0.1),
-    "Walker2dRandParams-v0": ("walker2d", 4, 1, 0.005, 0.001),
-    "HopperRandParams-v0": ("hopper", 4, 1, 0.005, 0.001),
-}
+class UserEnvs(gym.vector.VectorEnv):
+    """A registered environment that has sample_tasks(n) and set_task(task), lane by lane.
 
-
-class MujocoEnvs(TaskEnvs):
-    """The MuJoCo families, on gymnasium's model files; all lanes step in one call of MuJoCo's own thread pool.
-
-    tasks: (n, 1) direction, velocity or angle; (n, 2) goal; or (n, F) factors on a model's dynamics. Formulas, sources
-    and where they differ from gymnasium's environments: docs/tasks.md.
+    Held-out tasks come from its sample_test_tasks(n) if it has one. [-1, 1] is mapped to the bounds
+    of its Box actions; info["sparse_reward"] and info["success"] are passed on. See docs/tasks.md.
     """
 
-    def __init__(self, env_id: str, num_envs: int, lanes: slice, num_threads: int):
-        import mujoco.rollout
-
-        self.name, self.frame_skip, self.hidden, self.noise, self.control_cost = MUJOCO_FAMILIES[env_id]
-        self.model = mujoco.MjModel.from_xml_path(f"{Path(gym.__file__).parent}/envs/mujoco/assets/{self.name}.xml")
-        self.varies = {}  # the model's arrays that a task scales, and the base of its factors
-        if env_id.endswith("RandParams-v0"):
-            self.varies = {"body_mass": 1.5, "body_inertia": 1.5, "geom_friction": 1.5, "dof_damping": 1.3}
-            self.model.opt.timestep = 0.004  # the original's, with its frame skip of 4
-        obs_size = self.model.nq + self.model.nv - self.hidden
-        spaces = (gym.spaces.Box(-x, x, (n,), np.float64) for x, n in ((np.inf, obs_size), (1, self.model.nu)))
-        super().__init__(env_id, num_envs, lanes, 200, *spaces)
-        threads = num_threads or os.cpu_count()
-        self.pool = mujoco.rollout.Rollout(nthread=threads)
-        self.data = [mujoco.MjData(self.model) for _ in range(threads)]
-        self.models = [copy.copy(self.model) if self.varies else self.model for _ in range(self.num_envs)]
-
-    def sample_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        if self.env_id == "HalfCheetahDir-v0":
-            return np.resize([1.0, -1.0], (n, 1))  # dealt in turn
-        if self.env_id == "HalfCheetahVel-v0":
-            return rng.uniform(0, 3, (n, 1))
-        if self.env_id.endswith("Dir-v0"):
-            return rng.uniform(0, 2 * np.pi, (n, 1))
-        if self.varies:
-            bases = np.concatenate([np.full(getattr(self.model, name).size, b) for name, b in self.varies.items()])
-            return bases ** rng.uniform(-3, 3, (n, len(bases)))
-        half = self.env_id == "SparseAntGoal-v0"  # a half circle of radius 2; AntGoal: a disc of radius 3
-        angle, radius = rng.uniform(0, np.pi if half else 2 * np.pi, n), 2 if half else 3 * rng.uniform(size=n) ** 0.5
-        return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        rng, nq, nv = np.random.default_rng(seed), self.model.nq, self.model.nv
-        noise = rng.uniform(-self.noise, self.noise, (self.total_lanes, nq + nv))
-        if self.name in ("half_cheetah", "ant"):
-            noise[:, nq:] = self.noise * rng.normal(size=(self.total_lanes, nv))
-        start = np.concatenate([[0.0], self.model.qpos0, np.zeros(nv)])  # time, qpos, qvel
-        self.state = start + np.pad(noise, ((0, 0), (1, 0)))[self.lanes]
-        self.tasks, self.ended = options["task"], np.zeros(self.num_envs, bool)
-        for model, task in zip(self.models, self.tasks, strict=True) if self.varies else ():
-            for name in self.varies:
-                original = getattr(self.model, name)  # arrays of models are views: scale the original, into the copy
-                getattr(model, name)[:] = original * task[: original.size].reshape(original.shape)
-                task = task[original.size :]
-        return self._obs(), {}
-
-    def step(self, actions: np.ndarray):
-        alive, (low, high) = np.flatnonzero(~self.ended), self.model.actuator_ctrlrange.T
-        control, models = low + (np.clip(actions, -1, 1) + 1) / 2 * (high - low), [self.models[i] for i in alive]
-        states, _ = self.pool.rollout(models, self.data, self.state[alive], control[alive, None], nstep=self.frame_skip)
-        before, self.state[alive] = self.state[:, 1:3].copy(), states[:, -1]
-        velocity = (self.state[:, 1:3] - before) / (self.frame_skip * self.model.opt.timestep)
-        reward, healthy, info = self._judge(velocity)
-        reward = np.where(self.ended, 0, reward - self.control_cost * (control**2).sum(axis=1))
-        self.ended = self.ended | ~healthy
-        return self._obs(), reward, self.ended, np.zeros(self.num_envs, bool), info
-
-    def _judge(self, velocity: np.ndarray):
-        """Reward without the cost of control, whether the lane goes on, and info; velocity (B, 2) of the root."""
-        (x_velocity, y_velocity), qpos, task = velocity.T, self.state[:, 1:], self.tasks.T
-        healthy = np.ones(self.num_envs, bool)
-        if self.env_id == "HalfCheetahDir-v0":
-            return task[0] * x_velocity, healthy, {}
-        if self.env_id == "HalfCheetahVel-v0":
-            return -np.abs(x_velocity - task[0]), healthy, {}
-        if self.env_id.endswith("Goal-v0"):
-            offset = qpos[:, :2] - self.tasks
-            distance = np.linalg.norm(offset, axis=1)
-            hit = distance <= 0.8
-            info = {"sparse_reward": np.where(hit, 1 - distance / 0.8, 0), "success": hit}
-            return -np.abs(offset).sum(axis=1), healthy, info if self.env_id.startswith("Sparse") else {}
-        if self.env_id.endswith("RandParams-v0"):
-            z, pitch = qpos[:, 1], np.abs(qpos[:, 2])
-            walker = self.name == "walker2d"
-            healthy = (0.8 < z) & (z < 2) & (pitch < 1) if walker else (0.7 < z) & (pitch < 0.2)
-            return x_velocity + 1, healthy & (walker | (np.abs(qpos[:, 2:]) < 100).all(axis=1)), {}
-        gain, survival, low, high = (1, 1, 0.2, 1) if self.name == "ant" else (1.25, 5, 1, 2)
-        speed = x_velocity * np.cos(task[0]) + y_velocity * np.sin(task[0])
-        return gain * speed + survival, (low <= qpos[:, 2]) & (qpos[:, 2] <= high), {}
-
-    def _obs(self) -> np.ndarray:
-        obs = self.state[:, 1 + self.hidden :].copy()
-        if self.varies:
-            obs[:, -self.model.nv :] = obs[:, -self.model.nv :].clip(-10, 10)
-        return obs
-
-
-class UserEnvs(TaskEnvs):
-    """A registered environment whose unwrapped env has sample_tasks(n) and set_task(task), lane by lane.
-
-    Held-out tasks come from its sample_test_tasks(n) if it has one, and num_modes is its own. [-1, 1] is mapped to the
-    bounds of its Box actions; info["sparse_reward"] and info["success"] are passed on.
-    """
-
-    def __init__(self, env_id: str, num_envs: int, lanes: slice):
-        try:
-            envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)[lanes]]
-        except (gym.error.Error, ImportError, ValueError) as error:
-            near = difflib.get_close_matches(env_id, [*POINT_FAMILIES, *MUJOCO_FAMILIES, *gym.registry])
-            fail(f"no tasks {env_id}: {str(error).splitlines()[0]}" + f" Near: {', '.join(near)}." * bool(near))
+    def __init__(self, env_id: str, num_envs: int):
+        self.env_id = env_id
+        self.num_envs = num_envs
+        self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
+        first = self.envs[0]
         for method in ("sample_tasks", "set_task"):
-            if not callable(getattr(envs[0].unwrapped, method, None)):
-                fail(f"{env_id} is no family of tasks: it has no method {method} (see docs/tasks.md)")
-        self.native = action_space = envs[0].action_space
-        if isinstance(self.native, gym.spaces.Box):
-            action_space = gym.spaces.Box(-1, 1, (math.prod(self.native.shape),), np.float64)
-        elif not isinstance(self.native, gym.spaces.Discrete):
-            fail(f"{env_id} has {type(self.native).__name__} actions; Box and Discrete are supported")
-        self.envs = [gym.wrappers.FlattenObservation(env) for env in envs]
-        self.num_modes = getattr(envs[0].unwrapped, "num_modes", 0)
-        observation_space, horizon = self.envs[0].observation_space, envs[0].spec.max_episode_steps or 0
-        super().__init__(env_id, num_envs, lanes, horizon, observation_space, action_space)
+            if not callable(getattr(first.unwrapped, method, None)):
+                fail(f"{env_id} is no family of tasks: it has no method {method} (docs/tasks.md)")
+        self.native_obs = first.observation_space
+        self.native = first.action_space
+        if not getattr(self.native_obs, "is_np_flattenable", False):
+            fail(f"{env_id} has observations that no vector holds: {self.native_obs}")
+        if not isinstance(self.native, gym.spaces.Box | gym.spaces.Discrete):
+            kind = type(self.native).__name__
+            fail(f"{env_id} has {kind} actions; Box and Discrete are supported")
+        self.discrete = isinstance(self.native, gym.spaces.Discrete)
+        size = math.prod(self.native.shape)
+        self.single_observation_space = gym.spaces.flatten_space(self.native_obs)
+        self.single_action_space = (
+            self.native if self.discrete else gym.spaces.Box(-1, 1, (size,), np.float64)
+        )
+        self.horizon = first.spec.max_episode_steps or 0
+        self.num_modes = getattr(first.unwrapped, "num_modes", 0)
 
-    def sample_tasks(self, n: int, rng: np.random.Generator, method: str = "sample_tasks") -> np.ndarray:
+    def sample_tasks(self, n: int, rng, method: str = "sample_tasks") -> np.ndarray:
         self.envs[0].reset(seed=int(rng.integers(2**31)))
-        tasks = np.asarray(getattr(self.envs[0].unwrapped, method)(n))
-        if len(tasks) != n or tasks.dtype.kind not in "biuf":
-            fail(f"{self.env_id}: {method}({n}) must return {n} rows of numbers, not {tasks.dtype} {tasks.shape}")
-        return tasks
+        tasks = getattr(self.envs[0].unwrapped, method)(n)
+        try:
+            array = np.asarray(tasks)
+        except ValueError:  # rows of several lengths
+            array = np.asarray(None)
+        if array.shape[:1] != (n,) or array.dtype.kind not in "biuf" or not array.size:
+            came = f"{array.dtype} {array.shape}" if array.ndim else type(tasks).__name__
+            fail(f"{self.env_id}: {method}({n}) must return {n} rows of numbers, not {came}")
+        if not np.isfinite(array).all():
+            fail(f"{self.env_id}: {method}({n}) returned tasks that are not finite")
+        return array
 
     def sample_test_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
         own = hasattr(self.envs[0].unwrapped, "sample_test_tasks")
         return self.sample_tasks(n, rng, "sample_test_tasks" if own else "sample_tasks")
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        seeds = np.random.default_rng(seed).integers(2**31, size=self.total_lanes)[self.lanes]
+        seeds = np.random.default_rng(seed).integers(2**31, size=self.num_envs)
+        self.obs = np.zeros((self.num_envs, *self.single_observation_space.shape))
+        self.terminated = np.zeros(self.num_envs, bool)
+        self.truncated = np.zeros(self.num_envs, bool)
         for env, task in zip(self.envs, options["task"], strict=True):
             env.unwrapped.set_task(task)
-        self.obs = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(self.envs, seeds, strict=True)])
-        self.terminated, self.truncated = np.zeros((2, self.num_envs), bool)
+        for i, env in enumerate(self.envs):
+            self.obs[i] = self._flat(env.reset(seed=int(seeds[i]))[0])
         return self.obs.copy(), {}
 
     def step(self, actions: np.ndarray):
-        if isinstance(self.native, gym.spaces.Discrete):
+        if self.discrete:
             actions = self.native.start + actions
         else:
-            low, high = (self.native.low, self.native.high) if self.native.is_bounded() else (-1, 1)
-            actions = low + (np.clip(actions, -1, 1).reshape(-1, *self.native.shape) + 1) / 2 * (high - low)
-        rewards, infos = np.zeros(self.num_envs), {}
+            low, high = (-1, 1)
+            if self.native.is_bounded():
+                low, high = self.native.low, self.native.high
+            share = (np.clip(actions, -1, 1).reshape(-1, *self.native.shape) + 1) / 2
+            actions = low + share * (high - low)
+        rewards = np.zeros(self.num_envs)
+        infos = {}
         for i in np.flatnonzero(~(self.terminated | self.truncated)):
-            result = self.envs[i].step(actions[i].astype(self.native.dtype))
-            self.obs[i], rewards[i], self.terminated[i], self.truncated[i], info = result
+            action = actions[i].astype(self.native.dtype)
+            obs, reward, self.terminated[i], self.truncated[i], info = self.envs[i].step(action)
+            self.obs[i] = self._flat(obs)
+            rewards[i] = self._number("reward", reward)
             for name in info.keys() & {"sparse_reward", "success"}:
-                infos.setdefault(name, np.zeros(self.num_envs))[i] = info[name]
+                infos.setdefault(name, np.zeros(self.num_envs))[i] = self._number(name, info[name])
         return self.obs.copy(), rewards, self.terminated.copy(), self.truncated.copy(), infos
 
+    def _flat(self, obs) -> np.ndarray:
+        """An observation as a vector; ends the program if it is none of its space."""
+        try:
+            flat = gym.spaces.flatten(self.native_obs, obs)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            flat = np.empty(0)
+        if np.shape(flat) != self.single_observation_space.shape or flat.dtype.kind not in "biuf":
+            fail(f"{self.env_id}: the observation {obs!r:.80} is not in {self.native_obs}")
+        return flat
 
-def make_envs(env_id: str, num_envs: int, num_threads: int = 0, lanes: slice = slice(None)) -> TaskEnvs:
-    """num_envs lanes of a family of tasks, of which this process steps `lanes`; ends the program if there is none."""
-    if env_id in MUJOCO_FAMILIES:
-        return MujocoEnvs(env_id, num_envs, lanes, num_threads)
-    return (PointEnvs if env_id in POINT_FAMILIES else UserEnvs)(env_id, num_envs, lanes)
+    def _number(self, name: str, value) -> float:
+        number = np.asarray(value)
+        if number.size != 1 or number.dtype.kind not in "biuf":
+            fail(f"{self.env_id}: {name} must be a number, not {value!r:.80}")
+        return number.item()
 
 
-def require_finite(envs: TaskEnvs, values: dict, alive, tasks, t: int):
-    """End the program if what a lane that is alive (B,) reports after step t, values (B, ...) by name, is not finite.
+@cache
+def make_envs(env_id: str, num_envs: int = 1) -> gym.vector.VectorEnv:
+    """num_envs lanes of a family of tasks; ends the program if there is none.
 
-    Finite in torch's precision: 1e39 is not, in single precision.
+    Families: points; what is registered with a vector_entry_point and steps all lanes at once, as
+    mujoco_tasks.py does; and environments of one lane. module:Id-v0 imports the module first.
+    """
+    if env_id in POINT_FAMILIES:
+        return PointEnvs(env_id, num_envs)
+    module, _, name = env_id.rpartition(":")
+    for file, pattern in FAMILY_FILES.items():
+        if not module and re.fullmatch(pattern, name):
+            module = file
+    try:
+        if module:
+            importlib.import_module(module)
+        if gym.spec(name).vector_entry_point:
+            return gym.make_vec(name, num_envs, vectorization_mode="vector_entry_point")
+        return UserEnvs(name, num_envs)
+    except ModuleNotFoundError as error:
+        lacking = (
+            f"beside the script: {module}.py"
+            if error.name == module
+            else f"pip install {error.name}"
+        )
+        fail(f"no tasks {env_id}: {error}; it needs {lacking}")
+    except (gym.error.Error, TypeError) as error:
+        near = difflib.get_close_matches(env_id, [*POINT_FAMILIES, *gym.registry])
+        hint = f" Near: {', '.join(near)}." if near else ""
+        fail(f"no tasks {env_id}: {str(error).splitlines()[0]}{hint}")
+
+
+def make_tasks(args) -> tuple[gym.vector.VectorEnv, np.ndarray, np.ndarray]:
+    """One lane of the family, to ask; the fixed training tasks, if any; and the held-out ones.
+
+    Sets what args leave open: horizon, num_test_tasks and eval_episodes.
+    """
+    envs = make_envs(args.env_id)
+    args.horizon = args.horizon or envs.horizon
+    if not args.horizon:
+        fail(f"{args.env_id} has no time limit of its own: give --horizon")
+    args.num_test_tasks = args.num_test_tasks or (200 if args.env_id in POINT_FAMILIES else 40)
+    args.eval_episodes = args.eval_episodes or args.episodes_per_task
+    train = np.empty(0)
+    if args.num_train_tasks:
+        train = envs.sample_tasks(args.num_train_tasks, np.random.default_rng([args.task_seed, 0]))
+    sample = getattr(envs, "sample_test_tasks", envs.sample_tasks)
+    test = sample(args.num_test_tasks, np.random.default_rng([args.task_seed, 1]))
+    if "sparse" in (args.train_reward, args.test_reward):
+        envs.reset(seed=0, options={"task": test[:1]})
+        nothing = np.zeros((1, *envs.single_action_space.shape), envs.single_action_space.dtype)
+        if "sparse_reward" not in envs.step(nothing)[4]:
+            fail(f"{args.env_id} reports no sparse reward")
+    return envs, train, test
+
+
+def meta_batch(envs, train_tasks, args, iteration: int) -> np.ndarray:
+    """(1) This rank's share of N tasks: fresh draws, or different ones of the fixed set."""
+    rank, num_ranks = ranks()
+    n = args.meta_batch_size
+    if len(train_tasks):
+        order = keyed_rng(args.seed, "tasks", iteration).permutation(len(train_tasks))
+        return train_tasks[np.resize(order, n)[rank::num_ranks]]
+    rng = np.random.default_rng([args.task_seed, 0, iteration])
+    return envs.sample_tasks(n, rng)[rank::num_ranks]
+
+
+def require_finite(env_id: str, values: dict, alive, tasks, t: int):
+    """End the program if what a lane that is alive (B,) reports after step t is not finite.
+
+    values: (B, ...) by name. Finite in torch's precision: 1e39 is not, in single precision.
     """
     largest = torch.finfo(torch.get_default_dtype()).max
     for name, value in values.items():
         bad = alive & ~(np.abs(value).reshape(len(alive), -1) <= largest).all(axis=1)
         if bad.any():
-            lane, what = range(envs.total_lanes)[envs.lanes][bad.argmax()], name.rstrip("s").replace("_", " ")
-            fail(f"{envs.env_id}: {what} is not finite in lane {lane}, step {t}, task {tasks[bad][0]}")
+            lane = bad.argmax()
+            what = name.rstrip("s").replace("_", " ")
+            fail(f"{env_id}: {what} is not finite in lane {lane}, step {t}, task {tasks[lane]}")
 
 
 def require_finite_actions(actions: np.ndarray) -> np.ndarray:
@@ -742,78 +692,93 @@ def require_finite_actions(actions: np.ndarray) -> np.ndarray:
     return actions
 
 
-def require_sparse_reward(envs: TaskEnvs, task: np.ndarray):
-    """End the program if the tasks report no sparse reward; task: (1, task size)."""
-    envs.reset(seed=0, options={"task": task.repeat(envs.num_envs, axis=0)})
-    if "sparse_reward" not in envs.step(np.zeros(envs.action_space.shape, envs.action_space.dtype))[4]:
-        fail(f"{envs.env_id} reports no sparse reward")
-
-
-def episode_scores(batch) -> dict[str, torch.Tensor]:
-    """Means over each task's episodes, (N,): undiscounted return and, where defined, success at any step."""
-    scores = {"return": batch["rewards"].sum(-1).mean(1)}
-    return scores | ({"success": batch["success"].amax(-1).mean(1)} if "success" in batch else {})
-
-
 # <<< shared: tasks
 # >>> shared: rollout
 
 
-def rollout(envs: TaskEnvs, act, tasks, horizon, rng, device) -> dict[str, torch.Tensor]:
-    """One episode in every lane; act: (obs (B, O), t) -> actions (B, A), on device; tasks: a row per lane.
+@torch.no_grad()
+def rollout(act, params, tasks, episodes, key, args, deterministic=False) -> dict:
+    """E episodes in each of N tasks (N, K), all at once; key: of the draws.
 
-    Returns obs and next_obs (B, T, O), actions (B, T, A) or (B, T), rewards, terminated and mask (B, T), T the longest
-    episode; the mask is 1 up to a lane's end, and after it everything is 0. Also sparse_reward and success (B, T) where
-    tasks report them.
+    act: params, obs (N, E, O), noise (N, E, A) -> actions (N, E, A), or (N, E) of Discrete ones.
+    The noise is normal, or Gumbel for Discrete actions, and 0 for the mean or mode.
+    Returns a batch, T being the longest episode; after an episode's end all of it is 0:
+
+    obs, next_obs           (N, E, T, O)  before and after the step
+    actions                 (N, E, T, A)  as chosen, unclipped; (N, E, T) if Discrete
+    dense_rewards           (N, E, T)     of the step
+    sparse_rewards, success (N, E, T)     the same, where tasks report them
+    terminated              (N, E, T)     1 where the step ended the episode, time limits excluded
+    mask                    (N, E, T)     1 up to the episode's end
     """
-    obs, _ = envs.reset(seed=int(rng.integers(2**31)), options={"task": tasks})
-    alive = np.ones(envs.num_envs, bool)
+    envs = make_envs(args.env_id, len(tasks) * episodes)
+    space = envs.single_action_space
+    discrete = isinstance(space, gym.spaces.Discrete)
+    lanes = np.repeat(tasks, episodes, axis=0)
+    shape = (len(tasks), episodes)
+    device = torch.device("cuda" if args.cuda else "cpu")
     tensor = partial(torch.as_tensor, dtype=torch.get_default_dtype(), device=device)
-    observations, actions, steps = [tensor(obs)], [], {}
-    for t in range(horizon):
-        actions.append(act(observations[-1], t))
-        obs, reward, terminated, truncated, info = envs.step(require_finite_actions(actions[-1].cpu().numpy()))
-        require_finite(envs, {"observations": obs, "rewards": reward, **info}, alive, tasks, t)
-        for name, value in {"rewards": reward, "terminated": terminated, "mask": alive, **info}.items():
-            steps.setdefault(name, np.zeros((envs.num_envs, horizon)))[:, t] = value * alive
-        observations.append(tensor(obs))
+
+    rng = keyed_rng(args.seed, *key)
+    draw = rng.gumbel if discrete else rng.normal
+    noise = draw(size=(*shape, args.horizon, int(space.n) if discrete else space.shape[0]))
+    noise = tensor(noise * (not deterministic))
+    obs, _ = envs.reset(seed=int(rng.integers(2**31)), options={"task": lanes})
+    observations = [tensor(obs).unflatten(0, shape)]
+    actions = []
+    steps = {}
+    alive = np.ones(len(lanes), bool)
+    for t in range(args.horizon):
+        actions.append(act(params, observations[-1], noise[:, :, t]))
+        chosen = require_finite_actions(actions[-1].flatten(0, 1).cpu().numpy())
+        obs, rewards, terminated, truncated, info = envs.step(chosen)
+        told = {"dense_rewards": rewards, **info}
+        if "sparse_reward" in told:
+            told["sparse_rewards"] = told.pop("sparse_reward")
+        require_finite(args.env_id, {"observations": obs, **told}, alive, lanes, t)
+        for name, value in {**told, "terminated": terminated, "mask": alive}.items():
+            steps.setdefault(name, np.zeros((len(lanes), args.horizon)))[:, t] = value * alive
+        observations.append(tensor(obs).unflatten(0, shape))
         alive = alive & ~(terminated | truncated)
         if not alive.any():
             break
-    batch = {name: tensor(x[:, : t + 1]) for name, x in steps.items()}
-    batch |= {"obs": torch.stack(observations[:-1], 1), "next_obs": torch.stack(observations[1:], 1)}
-    batch["actions"] = torch.stack(actions, 1)
+
+    batch = {name: tensor(x[:, : t + 1]).unflatten(0, shape) for name, x in steps.items()}
+    batch["obs"] = torch.stack(observations[:-1], 2)
+    batch["next_obs"] = torch.stack(observations[1:], 2)
+    batch["actions"] = torch.stack(actions, 2)
     for name in ("obs", "next_obs", "actions"):
         batch[name][batch["mask"] == 0] = 0
     return batch
 
 
+def episode_scores(batch, mean_actions: dict | None = None) -> dict[str, torch.Tensor]:
+    """Means over each task's episodes, (N,): undiscounted return and, where defined, success.
+
+    Given another batch, of mean actions, those are its scores, and the batch's are sampled_*.
+    """
+    if mean_actions:
+        sampled = {f"sampled_{name}": x for name, x in episode_scores(batch).items()}
+        return sampled | episode_scores(mean_actions)
+    scores = {"return": batch["rewards"].sum(-1).mean(1)}
+    if "success" in batch:
+        scores["success"] = batch["success"].amax(-1).mean(1)
+    return scores
+
+
 # <<< shared: rollout
 # >>> shared: run
 
-MAY_BE_ZERO = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps"}
-MAY_BE_ZERO |= {"gae_lambda", "cg_damping", "ent_coef", "embedding_size"}
-MAY_BE_ZERO |= {"bias_size", "expert_noise", "expert_round_steps", "importance_clip"}
-MAY_BE_ZERO |= {"init_mu_std"}
-MAY_BE_ZERO |= {"posterior_steps", "extra_steps", "warmup_iterations", "kl_weight", "regularization", "context_window"}
-FORMAT = 2  # of checkpoints; those without a number were written up to commit 2d14005, which reads them
-MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "num_threads", "eval_every", "checkpoint_every"}
-MAY_CHANGE_TO_EVALUATE = {"num_test_tasks", "num_eval_steps", "eval_episodes", "deterministic_eval", "test_reward"}
-MAY_CHANGE_TO_EVALUATE |= {"eval_context", "exploration_episodes"}
+FORMAT = (
+    2  # of checkpoints; those without a number are of commit 2d14005 or older, which reads them
+)
+MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "num_threads"}
+MAY_CHANGE |= {"eval_every", "checkpoint_every"}
 
 
 def fail(message: str) -> NoReturn:
     """End the program with one line and a non-zero status."""
     raise SystemExit(f"error: {message}")
-
-
-def keyed_rng(seed: int, purpose: str, *key: int) -> np.random.Generator:
-    """The generator of one purpose and key. There are no others, so that no draw depends on an earlier one.
-
-    As a spawn key, (1,) and (1, 0) are two streams; as entropy they would be one.
-    """
-    entropy = [seed, zlib.crc32(purpose.encode())]
-    return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=key))
 
 
 def show(*lines: str):
@@ -825,40 +790,32 @@ def show(*lines: str):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def keyed_rng(seed: int, purpose: str, *key: int) -> np.random.Generator:
+    """The generator of one purpose and key. There are no others: no draw depends on an earlier one.
+
+    As a spawn key, (1,) and (1, 0) are two streams; as entropy they would be one.
+    """
+    entropy = [seed, zlib.crc32(purpose.encode())]
+    return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=key))
+
+
 def ranks() -> tuple[int, int]:
     """This process's rank and the number of processes; (0, 1) without torchrun."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def require_torchrun():
-    """End the program if some of torchrun's variables are set, and not all, or not to what it sets them to."""
-    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
-    found = {name: os.environ[name] for name in names if name in os.environ}
-    if not found.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}:
-        return
-    if missing := [name for name in names if name not in found]:
-        fail(f"{', '.join(found)} without {', '.join(missing)}: start with torchrun, or unset them")
-    if not all(value.isdecimal() for name, value in found.items() if name != "MASTER_ADDR"):
-        fail(f"no numbers of torchrun: {found}")
-    rank, size, local_rank, local_size = (int(found[name]) for name in names[:4])
-    if not (rank < size and local_rank < local_size <= size):
-        fail(f"RANK {rank} of {size}, LOCAL_RANK {local_rank} of {local_size}: not set by torchrun")
-
-
-def shard(n: int) -> slice:
-    """This rank's share of n items; the number of ranks divides n."""
-    rank, size = ranks()
-    return slice(rank * n // size, (rank + 1) * n // size)
-
-
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
-    """Sum of x over the ranks, in place."""
+    """Sum of x over the ranks, on each of them."""
+    if ranks()[1] == 1:
+        return x
     try:
-        if ranks()[1] > 1:
-            torch.distributed.all_reduce(x)
+        if torch.distributed.get_backend() == "nccl":
+            x = x.cuda()
+        torch.distributed.all_reduce(x)
     except RuntimeError as error:  # say so at once: torchrun is about to end this process
         reason = re.split(r"\. |\n", str(error))[0]
-        sys.stderr.write(f"error: lost another rank; --resume goes on from the last checkpoint ({reason})\n")
+        lost = "lost another rank; --resume goes on from the last checkpoint"
+        sys.stderr.write(f"error: {lost} ({reason})\n")
         sys.exit(1)
     return x
 
@@ -868,8 +825,13 @@ def task_mean(x: torch.Tensor) -> float:
     return all_reduce(x.mean() / ranks()[1]).item()
 
 
+def num_steps(batches) -> int:
+    """Environment steps in the batches of all ranks."""
+    return int(all_reduce(sum(batch["mask"].sum() for batch in batches)))
+
+
 def parse(args_class, argv: list[str] | None = None):
-    """Args from the command line; those of the saved run are the defaults with --resume or --evaluate."""
+    """Args from the command line; with --resume or --evaluate, the saved run's are the defaults."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without ± or Greek letters
@@ -881,83 +843,95 @@ def parse(args_class, argv: list[str] | None = None):
             fail(f"{flag}: the name of the folder is empty")
     folder = args.resume or args.evaluate
     if not folder or "--env-id" in given:
-        sys.path.append(os.getcwd())  # the last place to look for module:Id-v0, if the user named it
-    if folder:
-        saved = args_class(**load_checkpoint(folder, args_class)["args"])
-        if ":" in str(saved.env_id):
-            show(f"tasks of {folder} come from {module_file(saved.env_id)}")
-        args = tyro.cli(args_class, args=argv, default=saved)
-        for name in asdict(saved).keys() - MAY_CHANGE - (MAY_CHANGE_TO_EVALUATE if args.evaluate else set()):
-            if getattr(args, name) != getattr(saved, name):
-                fail(f"--{name.replace('_', '-')} of {folder} is {getattr(saved, name)} and cannot change")
+        sys.path.append(
+            os.getcwd()
+        )  # the last place to look for module:Id-v0, if the user named it
+    if not folder:
+        return args
+    saved = args_class(**load_checkpoint(folder, args_class)["args"])
+    if ":" in saved.env_id:
+        found = importlib.util.find_spec(saved.env_id.split(":")[0])
+        if not found:
+            where = f"{saved.env_id} is not beside the script, nor installed; if it is"
+            fail(f"{where} in the working folder, give --env-id {saved.env_id} too")
+        show(f"tasks of {folder} come from {found.origin}")
+    args = tyro.cli(args_class, args=argv, default=saved)
+    for name in asdict(saved).keys() - MAY_CHANGE if args.resume else ():
+        if getattr(args, name) != getattr(saved, name):
+            flag = f"--{name.replace('_', '-')}"
+            fail(f"{flag} of {folder} is {getattr(saved, name)} and cannot change")
     return args
 
 
-def module_file(env_id: str) -> str:
-    """The file of module:Id-v0, found without importing it."""
-    try:
-        return importlib.util.find_spec(env_id.partition(":")[0]).origin
-    except (AttributeError, ImportError, ValueError):
-        lacking = f"{env_id} is not beside the script, nor installed"
-        fail(f"{lacking}; if it is in the working folder, give --env-id {env_id} too")
+def setup(args) -> tuple:
+    """Check the arguments, seed torch, set threads and device, join the ranks.
 
-
-def is_a(value, kind) -> bool:
-    """Whether a flag's value is of its annotation: a type, a Literal, or a union of these."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_args(kind):
-        return any(is_a(value, one) for one in get_args(kind))
-    return type(value) is kind or (type(value) is int and kind is float)
-
-
-def setup(args) -> torch.device:
-    """Check the arguments that every script has, seed torch, set threads and device, join the ranks."""
-    require_torchrun()
-    kinds = get_type_hints(type(args))
+    Returns a copy of args, the device, and the checkpoint of --resume or --evaluate, else {}.
+    """
+    args = replace(args)
     for name, value in asdict(args).items():
-        flag, zero = f"--{name.replace('_', '-')} {value}", name in MAY_BE_ZERO
-        if not is_a(value, kinds[name]):
-            fail(f"{flag}: must be {getattr(kinds[name], '__name__', kinds[name])}")
+        flag = f"--{name.replace('_', '-')} {value}"
+        zero = name in args.may_be_zero
         if type(value) in (int, float) and not (0 < value < math.inf or (zero and value == 0)):
             fail(f"{flag}: must be {'0 or more' if zero else 'above 0'}")
-        if name in ("gamma", "gae_lambda", "tau", "expert_gamma") and value is not None and value > 1:
+        if name in args.at_most_one and value > 1:
             fail(f"{flag}: must be at most 1")
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
+    join_ranks(args)
+    checkpoint = {}
+    if args.resume or args.evaluate:
+        checkpoint = load_checkpoint(args.resume or args.evaluate, type(args))
+    if args.resume and checkpoint["ranks"] != ranks()[1]:
+        fail(f"--resume: {args.resume} is a run of {checkpoint['ranks']} ranks, not {ranks()[1]}")
+    if args.resume and checkpoint["global_step"] >= args.total_timesteps:
+        show(f"{args.resume} is complete; its meta-test:")
+        args = replace(args, resume="", evaluate=args.resume)
+    torch.manual_seed(args.seed)
+    share = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    torch.set_num_threads(args.num_threads or share)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    return args, torch.device("cuda" if args.cuda else "cpu"), checkpoint
+
+
+def join_ranks(args):
+    """Take this rank's device, and meet the other ranks, if torchrun has started them."""
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"]
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    if found.keys() - {"MASTER_PORT"}:
+        numbers = [int(value) for value in found.values() if value.isdecimal()]
+        whole = len(numbers) == 5 and "MASTER_ADDR" in os.environ
+        if not (whole and numbers[0] < numbers[1] and numbers[2] < numbers[3] <= numbers[1]):
+            fail(f"{found} was not set by torchrun: start with it, or unset these variables")
     if args.meta_batch_size % ranks()[1]:
         fail(f"--meta-batch-size {args.meta_batch_size}: not divisible by the {ranks()[1]} ranks")
     if args.cuda and not torch.cuda.is_available():
         fail("--cuda: torch finds no GPU")
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.num_threads or max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu")
     if args.cuda:
-        torch.cuda.set_device(device)  # before any collective, or all ranks meet on the first GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # before any collective
     if ranks()[1] > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if args.cuda else "gloo")
-        atexit.register(torch.distributed.destroy_process_group)  # its threads can abort a Python that is ending
-    return device
+        atexit.register(torch.distributed.destroy_process_group)  # or its threads abort the exit
 
 
 def layout(state, name: str = "") -> list[str]:
-    """Where what lies in a checkpoint: name, type and, of tensors, dtype and shape of every entry."""
+    """Where what lies in a checkpoint: name, type, and dtype and shape of every tensor."""
     if isinstance(state, dict | list | tuple):
         items = state.items() if isinstance(state, dict) else enumerate(state)
-        return [f"{name} {type(state).__name__}"] + [line for k, x in items for line in layout(x, f"{name}/{k}")]
+        inside = [line for key, value in items for line in layout(value, f"{name}/{key}")]
+        return [f"{name} {type(state).__name__}", *inside]
     shape = f" {state.dtype} {tuple(state.shape)}" if torch.is_tensor(state) else ""
     return [f"{name} {type(state).__name__}{shape}"]
 
 
-def load_checkpoint(folder: str, args_class) -> dict:
-    """The last checkpoint of a run of this script, on the CPU; ends the program if there is none.
+def load_checkpoint(folder: str, args_class, name: str = "checkpoint.pt") -> dict:
+    """What Run.save has written last, on the CPU; ends the program if it is not whole.
 
-    Nothing in it is executed (weights_only). A changed byte shows in the archive's checksums, which torch does not
-    compare, and an entry that was added, lost or reshaped in its layout.
+    Nothing in it is executed (weights_only). A changed byte shows in the archive's checksums, which
+    torch does not compare; an entry that was added, lost or reshaped shows in its layout.
     """
-    path = Path(folder) / "checkpoint.pt"
+    path = Path(folder) / name
     if not path.is_file() and any(Path(folder).glob("events.out.tfevents.*")):
         fail(f"{folder} was stopped before its first checkpoint: start again, without --resume")
     if not path.is_file():
@@ -966,139 +940,278 @@ def load_checkpoint(folder: str, args_class) -> dict:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
                 raise ValueError
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        algorithm, form, args = (checkpoint[name] for name in ("algorithm", "format", "args"))
-        whole = checkpoint.pop("layout") == layout(checkpoint)
-        args_class(**args) if algorithm == args_class.exp_name else None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        algorithm, number = state["algorithm"], state["format"]
+        whole = state.pop("layout") == layout(state)
+        if algorithm == args_class.exp_name:
+            args_class(**state["args"])
     except Exception as error:  # a truncated or foreign file raises almost anything
         fail(f"{path} is damaged or no checkpoint of this version ({type(error).__name__})")
     if algorithm != args_class.exp_name:
         fail(f"{path} was written by {algorithm}.py")
-    if form != FORMAT or not whole:
-        fail(f"{path} was changed, or is of format {form}; this version reads format {FORMAT}")
-    return checkpoint
+    if number != FORMAT or not whole:
+        fail(f"{path} was changed, or is of format {number}; this version reads format {FORMAT}")
+    return state
+
+
+def restore(own: dict, saved: dict | None) -> dict:
+    """What was saved in place of own tensors by name, if anything was; their shapes must agree."""
+    if saved is None:
+        return own
+    shapes = [{name: tuple(x.shape) for name, x in state.items()} for state in (own, saved)]
+    if shapes[0] != shapes[1]:
+        odd = sorted(name for name, _ in set(shapes[0].items()) ^ set(shapes[1].items()))
+        fail(f"the checkpoint is of other networks than these flags make: {odd[0]} differs")
+    return {name: saved[name].to(x) for name, x in own.items()}
 
 
 class Run:
-    """What surrounds training: the run's folder, TensorBoard, progress bar, checkpoints, signals. Rank 0 writes."""
+    """What surrounds training: counts, times, TensorBoard, progress bar, checkpoints, signals.
 
-    def __init__(self, args, global_step: int):
-        self.args, self.metrics, self.signalled, self.writes = args, {}, False, ranks()[0] == 0
-        self.first_step, self.start, self.printed = global_step, time.perf_counter(), time.perf_counter()
-        self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        if self.writes:
-            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
-            self.folder = Path(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", name))
-            with self.writing():
-                # purge_step hides what will be done again
-                self.writer = SummaryWriter(str(self.folder), purge_step=global_step + 1)
-                rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
-                self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
-            show(f"writing to {self.folder}")
-            self.terminal = bool(sys.stdout) and sys.stdout.isatty()
-            file = sys.stdout if self.terminal else open(os.devnull, "w")
-            self.bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, file=file)
+    Rank 0 writes.
+    """
+
+    def __init__(self, args, checkpoint: dict):
+        self.args = args
+        self.iteration = checkpoint.get("iteration", 0)
+        self.global_step = self.first_step = checkpoint.get("global_step", 0)
+        self.metrics = {}
+        self.rank, self.num_ranks = ranks()
+        self.signalled = self.stopped = False
+        self.start = self.printed = time.perf_counter()
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self._on_signal)
+        now = all_reduce(torch.tensor(time.time_ns() // 10**6 * (self.rank == 0)))  # rank 0's
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now.item()}"
+        self.folder = Path(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", name))
+        if self.rank > 0:
+            return
+        with self._writing():  # purge_step hides what will be done again
+            self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1)
+            rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+            self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
+        show(f"writing to {self.folder}")
+        self.terminal = bool(sys.stdout) and sys.stdout.isatty()
+        self.bar = tqdm(
+            total=args.total_timesteps,
+            initial=self.global_step,
+            unit="step",
+            unit_scale=True,
+            file=sys.stdout if self.terminal else open(os.devnull, "w"),
+            bar_format="{l_bar}{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]",
+        )
+
+    def __enter__(self):
+        return self
 
     @contextmanager
-    def writing(self):
-        """Ends the program with one line where the disk is full, the folder read-only, or `runs` a file."""
+    def _writing(self):
+        """Ends the program with one line where the disk is full or the folder read-only."""
         try:
             yield
         except (OSError, RuntimeError) as error:  # torch says "iostream error" of a full disk
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            kept = "; the last checkpoint is kept" if (self.folder / "checkpoint.pt").is_file() else ""
-            fail(f"cannot write to {self.folder}: {reason}{kept}")
+            kept = (self.folder / "checkpoint.pt").is_file()
+            last = "; the last checkpoint is kept" if kept else ""
+            fail(f"cannot write to {self.folder}: {reason}{last}")
 
     def _on_signal(self, number, frame):
         self.signalled = True
         signal.signal(number, signal.SIG_DFL)  # a second one aborts
 
-    def stopping(self) -> bool:
-        """Whether a signal has asked any of the ranks to stop."""
-        return bool(all_reduce(torch.tensor(int(self.signalled), device="cuda" if self.args.cuda else "cpu")))
+    @property
+    def complete(self) -> bool:
+        return self.global_step >= self.args.total_timesteps
 
-    def log(self, metrics: dict[str, float], global_step: int):
-        """Write scalars to TensorBoard, and move the bar; without a terminal, print it every ten seconds."""
+    def next_iteration(self) -> bool:
+        """Count one more, unless all steps are done or a signal has stopped the run."""
+        if self.complete or self.stopped:
+            return False
+        self.iteration += 1
+        self.times = {}
+        self.clock = time.perf_counter()
+        return True
+
+    def key(self, purpose: str, *key: int) -> tuple:
+        """Of this iteration's draws, each rank's its own."""
+        return purpose, self.iteration, *key, *([self.rank] if self.rank else [])
+
+    def lap(self, name: str):
+        """time/{name}: the seconds since the last lap of this iteration."""
         now = time.perf_counter()
-        self.metrics |= metrics | {"charts/SPS": (global_step - self.first_step) / (now - self.start)}
-        if self.writes:
-            with self.writing():
-                for tag in [*metrics, "charts/SPS"]:
-                    self.writer.add_scalar(tag, self.metrics[tag], global_step)
-            names = {"charts/pre_adaptation_return": "before", "charts/episodic_return": "after adaptation"}
-            shown = [f"{name} {self.metrics[tag]:.2f}" for tag, name in names.items() if tag in self.metrics]
-            self.bar.set_postfix_str(", ".join(shown), refresh=False)
-            self.bar.update(global_step - self.bar.n)
-            if not self.terminal and (now - self.printed > 10 or global_step >= self.args.total_timesteps):
-                self.printed = now
-                show(str(self.bar))
+        self.times[f"time/{name}"] = now - self.clock
+        self.clock = now
 
-    def save(self, **state):
-        """Replace checkpoint.pt, which is at no moment half written."""
-        if self.writes:
-            state |= {"algorithm": type(self.args).exp_name, "format": FORMAT}
-            state |= {"args": asdict(self.args) | {"resume": "", "evaluate": ""}}
-            with self.writing():
-                self.writer.flush()  # first: what is logged up to a checkpoint is not logged again
-                torch.save(state | {"layout": layout(state)}, self.folder / "checkpoint.tmp")
-                os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+    def due(self, every: int) -> bool:
+        return self.iteration % every == 0 or self.complete
 
-    def close(self):
+    def log(self, metrics: dict[str, float]):
+        """Write scalars to TensorBoard, and move the bar; without a terminal, every ten seconds."""
+        now = time.perf_counter()
+        rate = (self.global_step - self.first_step) / (now - self.start)
+        metrics = metrics | self.times | {"charts/SPS": rate}
+        kept = {tag: x for tag, x in metrics.items() if tag.startswith(("eval/", "charts/"))}
+        self.metrics |= kept
+        if self.rank > 0:
+            return
+        with self._writing():
+            for tag, value in metrics.items():
+                self.writer.add_scalar(tag, value, self.global_step)
+        tags = ("charts/pre_adaptation_return", "charts/episodic_return")
+        returns = " -> ".join(f"{self.metrics[tag]:.2f}" for tag in tags if tag in self.metrics)
+        self.bar.set_description_str(f"return {returns}", refresh=False)
+        self.bar.update(self.global_step - self.bar.n)
+        if not self.terminal and (now - self.printed > 10 or self.complete):
+            self.printed = now
+            show(str(self.bar))
+
+    def saving(self) -> bool:
+        """Whether a checkpoint is due, or a signal has asked one of the ranks to stop here."""
+        self.stopped = bool(all_reduce(torch.tensor(int(self.signalled))))
+        return self.due(self.args.checkpoint_every) or self.stopped
+
+    def save(self, own: dict | None = None, **state):
+        """Replace the checkpoint, which is at no moment half written.
+
+        state is the same on all ranks; own is what each keeps for itself, its replay. Rank 0 has its
+        own in checkpoint.pt, which is renamed last; the others write a file of this iteration.
+        """
+        if own and self.rank > 0:
+            self._write({"own": own}, f"rank{self.rank}.{self.iteration}.pt")
+        all_reduce(torch.zeros(1))  # all have written
+        if self.rank == 0:
+            counts = {"iteration": self.iteration, "global_step": self.global_step}
+            self._write(state | counts | {"own": own or {}}, "checkpoint.pt")
+        all_reduce(torch.zeros(1))
+        for old in self.folder.glob(f"rank{self.rank}.*.pt"):
+            if old.name != f"rank{self.rank}.{self.iteration}.pt":
+                old.unlink()
+
+    def _write(self, state: dict, name: str):
+        state |= {"algorithm": type(self.args).exp_name, "format": FORMAT, "ranks": self.num_ranks}
+        state |= {"args": asdict(self.args) | {"resume": "", "evaluate": ""}}
+        with self._writing():
+            if self.rank == 0:
+                self.writer.flush()  # first: what is logged up to here is not logged again
+            torch.save(state | {"layout": layout(state)}, self.folder / f"{name}.tmp")
+            os.replace(self.folder / f"{name}.tmp", self.folder / name)
+
+    def own(self, checkpoint: dict) -> dict:
+        """What this rank has kept for itself in the checkpoint of a run to resume."""
+        if self.rank == 0:
+            return checkpoint["own"]
+        name = f"rank{self.rank}.{self.iteration}.pt"
+        return load_checkpoint(str(self.folder), type(self.args), name)["own"]
+
+    def __exit__(self, kind, error, traceback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if self.writes:
+        if self.rank == 0:
             self.bar.close()
             self.writer.close()
-            if self.signalled and not sys.exc_info()[0]:
-                show(f"stopped; --resume {self.folder} goes on from here")
+        if isinstance(error, SystemExit) and not error.code:
+            fail(f"{self.args.env_id} has called sys.exit()")
+        if self.stopped and not error:
+            show(f"stopped; --resume {self.folder} goes on from here")
 
 
-def gather_scores(scores: dict[str, torch.Tensor], num_tasks: int) -> dict[str, np.ndarray]:
-    """Scores (K + 1, num_tasks) from what each rank has filled into its columns of (K + 1, num_tasks or more) zeros."""
-    if all_reduce(scores["return"].new_tensor(float("success" in scores))) > 0:  # some rank has met it
-        scores.setdefault("success", torch.zeros_like(scores["return"]))
-    return {name: all_reduce(score)[:, :num_tasks].cpu().numpy() for name, score in sorted(scores.items())}
+def stack_scores(scores: list[list[dict]], num_tasks: int) -> dict[str, np.ndarray]:
+    """Scores[k], of groups of tasks after k adaptations -> (K + 1, num_tasks) by name.
+
+    The last group may have wrapped around; what a group does not report is 0.
+    """
+    stacked = {}
+    for name in sorted({name for row in scores for group in row for name in group}):
+        rows = [
+            torch.cat([group.get(name, 0 * group["return"]) for group in row]) for row in scores
+        ]
+        stacked[name] = torch.stack(rows)[:, :num_tasks].cpu().numpy()
+    return stacked
 
 
 def over_tasks(score: np.ndarray, tasks: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Mean of score (..., M) over M tasks (M, ...), half its 95% interval, and the number of different tasks.
+    """Mean of score (..., M) over tasks (M, ...), half its 95% interval, and the different tasks.
 
-    Copies of a task are averaged first. Student's t, its quantile to 0.2% (Abramowitz and Stegun 26.7.5); below four
-    different tasks the interval is NaN.
+    Copies of a task are averaged first. Student's t, its quantile to 0.2% (Abramowitz and Stegun
+    26.7.5); below four different tasks the interval is NaN.
     """
-    _, task, copies = np.unique([task.tobytes() for task in tasks], return_inverse=True, return_counts=True)
-    score = np.stack([np.bincount(task, row) for row in score.reshape(-1, len(tasks))]) / copies
-    n, nu = len(copies), max(len(copies) - 1, 1)
-    quantile = 1.96 + 2.372 / nu + 2.823 / nu**2 + 2.556 / nu**3 + 1.589 / nu**4 if n > 3 else math.nan
-    half = quantile * score.std(1, ddof=int(n > 1)) / n**0.5
-    return score.mean(1), half, n
+    rows = [task.tobytes() for task in tasks]
+    _, which, copies = np.unique(rows, return_inverse=True, return_counts=True)
+    sums = [np.bincount(which, row) for row in score.reshape(-1, len(tasks))]
+    score = np.stack(sums) / copies
+    n = len(copies)
+    nu = max(n - 1, 1)
+    quantile = 1.96 + 2.372 / nu + 2.823 / nu**2 + 2.556 / nu**3 + 1.589 / nu**4
+    half = quantile * score.std(1, ddof=min(n - 1, 1)) / n**0.5
+    return score.mean(1), half if n > 3 else half * math.nan, n
 
 
-def report(scores: dict[str, np.ndarray], tasks: np.ndarray, episodes: int, printed=False) -> dict[str, float]:
-    """Meta-test scores (K + 1, M), or (M,), of tasks (M, ...) as eval/* metrics; printed, also as a table.
+def report(scores: dict, tasks: np.ndarray, args, episodes: dict | None = None) -> dict[str, float]:
+    """Meta-test scores (K + 1, M), or (M,), of tasks (M, ...) as eval/* metrics; NaN: not scored.
 
-    Row k is what comes after k x episodes.
+    Row k is what comes after k x eval_episodes. Given the episodes, the end of a run, it also
+    prints a table, and with --evaluate writes all of it to evaluation.npz.
     """
     metrics, table = {}, []
     for name, score in scores.items():
-        means, halves, different = over_tasks(score, tasks)
-        shown = [f"{x:10.3f}" + f" ± {half:.3f}" * (different > 3) for x, half in zip(means, halves, strict=True)]
+        known = ~np.isnan(score).reshape(-1, len(tasks)).any(0)
+        means, halves, different = over_tasks(score[..., known], tasks[known])
+        shown = [f"{mean:10.3f}" for mean in means]
+        if different > 3:
+            shown = [f"{x} ± {half:.3f}" for x, half in zip(shown, halves, strict=True)]
         if score.ndim == 1:
             metrics[f"eval/{name}"] = float(means[0])
             table.append(f"{name}: {shown[0].strip()}")
             continue
-        few = f" ({different} different)" if different < len(tasks) else ""
+        few = f" ({different} different)" if different < known.sum() else ""
         interval = " and 95% interval over tasks" if different > 3 else ""
-        table.append(f"{name} on {len(tasks)} held-out tasks{few}, mean{interval}:")
+        table.append(f"{name} on {known.sum()} held-out tasks{few}, mean{interval}:")
         for k, mean in enumerate(means):
-            metrics[f"eval/{name}_after_{k * episodes}_episodes"] = float(mean)
-            table.append(f"  after {k * episodes:4d} episodes {shown[k]}")
-    if printed:
+            count = k * args.eval_episodes
+            metrics[f"eval/{name}_after_{count}_episodes"] = float(mean)
+            table.append(f"  after {count:4d} episodes {shown[k]}")
+    if episodes is not None:
         show(*table)
+    if episodes is not None and args.evaluate and ranks()[0] == 0:
+        arrays = {name: x.cpu().numpy() for name, x in episodes.items() if x.numel() < 2**22}
+        np.savez(Path(args.evaluate) / "evaluation.npz", tasks=tasks, **scores, **arrays)
     return metrics
 
 
 # <<< shared: run
+# >>> shared: actions
+
+
+def distribution(dist_params: torch.Tensor, discrete=False) -> Categorical | Independent:
+    """Of mean and log std (..., 2A), or of logits (..., n); log_prob and KL are sums over A."""
+    if discrete:
+        return Categorical(logits=dist_params, validate_args=False)
+    mean, log_std = dist_params.chunk(2, -1)
+    return Independent(Normal(mean, log_std.exp(), validate_args=False), 1)
+
+
+def draw_actions(dist_params: torch.Tensor, noise: torch.Tensor, discrete=False) -> torch.Tensor:
+    """Actions (..., A), or (...); noise (..., A): normal, for logits Gumbel, 0 for mean or mode."""
+    if discrete:
+        return (dist_params + noise).argmax(-1)  # Gumbel noise makes it a draw from the softmax
+    mean, log_std = dist_params.chunk(2, -1)
+    return mean + log_std.exp() * noise
+
+
+def probability_ratio(dist_params: torch.Tensor, batch: dict, discrete=False) -> torch.Tensor:
+    """π(a|o) / π_old(a|o) of the actions of a batch; 1 where the mask is 0."""
+    logprobs = distribution(dist_params, discrete).log_prob(batch["actions"])
+    return torch.exp((logprobs - batch["logprobs"]) * batch["mask"])
+
+
+def tasks_at_once(obs: torch.Tensor) -> int | None:
+    """How many of the tasks of obs (N, E, T, O) vmap takes at a time: 8000 steps suit a cache."""
+    return None if obs.is_cuda else max(1, 8000 // obs[0, ..., 0].numel())
+
+
+# <<< shared: actions
 # >>> shared: advantages
 
 
@@ -1108,14 +1221,16 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor, dim=None, keepdim=False) ->
 
 
 def discounted_sum(x: torch.Tensor, discount: float) -> torch.Tensor:
-    """y_t = Σ_{s ≥ t} discount^(s-t) x_s along the last axis, as one product with a triangular matrix."""
+    """y_t = Σ_{s ≥ t} discount^(s-t) x_s along the last axis: a product with a triangular matrix."""
     steps = torch.arange(x.shape[-1], device=x.device)
     ahead = steps[:, None] - steps  # (s, t)
     return x @ torch.where(ahead >= 0, discount ** ahead.clamp(min=0).to(x.dtype), 0)
 
 
 def gae(rewards, values, mask, gamma: float, gae_lambda: float) -> torch.Tensor:
-    """Generalised advantage estimates (..., T); the value after an episode's last step is 0, a time limit included."""
+    """Generalised advantage estimates (..., T); after an episode's last step, one that a time limit
+    ends included, the value is 0.
+    """
     values = values * mask
     next_values = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
     return discounted_sum((rewards + gamma * next_values - values) * mask, gamma * gae_lambda)
@@ -1126,25 +1241,29 @@ def gae(rewards, values, mask, gamma: float, gae_lambda: float) -> torch.Tensor:
 
 
 def linear_baseline(obs: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Values (N, E, T) of a linear function of o, o², t, t², t³ and 1, fitted to the returns of each task by itself.
+    """Values (N, E, T), linear in o, o², t, t², t³ and 1, fitted to the returns of each task.
 
-    Ridge regression (1e-5) on the data that it predicts, o clipped to ±10 and t in hundreds: Duan et al. 2016,
-    arXiv 1604.06778, and the code of Finn et al. In double precision, as the features are nearly collinear.
+    Ridge regression (1e-5) on the data that it predicts, o clipped to ±10 and t in hundreds: Duan
+    et al. 2016, arXiv 1604.06778, and the code of Finn et al. In double precision, as the features
+    are nearly collinear.
     """
-    obs, t = obs.clamp(-10, 10).double(), torch.arange(obs.shape[2], device=obs.device).double() / 100
+    obs = obs.clamp(-10, 10).double()
+    t = torch.arange(obs.shape[2], device=obs.device).double() / 100
     time = torch.stack([t, t**2, t**3, torch.ones_like(t)], -1).expand(*obs.shape[:3], 4)
     x = torch.cat([obs, obs**2, time], -1).flatten(1, 2)  # (N, E T, F)
     xm = x * mask.double().flatten(1, 2).unsqueeze(-1)
     ridge = 1e-5 * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    weights = torch.linalg.solve(xm.mT @ x + ridge, xm.mT @ returns.double().flatten(1, 2).unsqueeze(-1))
+    targets = returns.double().flatten(1, 2).unsqueeze(-1)
+    weights = torch.linalg.solve(xm.mT @ x + ridge, xm.mT @ targets)
     return (x @ weights).view_as(returns).to(returns.dtype)
 
 
-def standardised_advantages(batch, gamma: float, gae_lambda: float) -> torch.Tensor:
-    """Advantages (N, E, T) against the task's linear baseline, with mean 0 and std 1 over the steps of each task."""
+def standardised_advantages(batch, args) -> torch.Tensor:
+    """(N, E, T) against each task's linear baseline, with mean 0 and std 1 over its steps."""
     mask = batch["mask"]
-    values = linear_baseline(batch["obs"], discounted_sum(batch["rewards"], gamma), mask)
-    advantages = gae(batch["rewards"], values, mask, gamma, gae_lambda)
+    returns = discounted_sum(batch["rewards"], args.gamma)
+    values = linear_baseline(batch["obs"], returns, mask)
+    advantages = gae(batch["rewards"], values, mask, args.gamma, args.gae_lambda)
     centred = (advantages - masked_mean(advantages, mask, (1, 2), True)) * mask
     return centred / (masked_mean(centred**2, mask, (1, 2), True).sqrt() + 1e-8)
 
@@ -1156,30 +1275,33 @@ def standardised_advantages(batch, gamma: float, gae_lambda: float) -> torch.Ten
 def unflatten(vector: torch.Tensor, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The vector's entries under the names and shapes of like."""
     pieces = vector.split([p.numel() for p in like.values()])
-    return {name: piece.view_as(p) for (name, p), piece in zip(like.items(), pieces, strict=True)}
+    return {name: piece.view_as(like[name]) for name, piece in zip(like, pieces, strict=True)}
 
 
-def conjugate_gradient(product, b: torch.Tensor, iters: int, tolerance: float = 1e-10) -> torch.Tensor:
-    """Solves product(x) = b, product symmetric and positive definite, from x = 0 to |residual|² < tolerance at most.
+def conjugate_gradient(product, b: torch.Tensor, iters: int, tolerance: float = 1e-10) -> tuple:
+    """Solves product(x) = b from x = 0, up to |residual|² < tolerance (original).
 
-    Returns x and product(x), both (P,).
+    product: symmetric and positive definite. Returns x and product(x), both (P,).
     """
-    x, residual, direction = torch.zeros_like(b), b, b
+    x = torch.zeros_like(b)
+    residual = direction = b
     for _ in range(iters):
         energy = residual @ residual
         if energy < tolerance:
             break
         image = product(direction)
         step = energy / (direction @ image)
-        x, residual = x + step * direction, residual - step * image
+        x = x + step * direction
+        residual = residual - step * image
         direction = residual + (residual @ residual) / energy * direction
     return x, b - residual
 
 
-def line_search(vector, step, loss_and_kl, old, max_kl: float, shrink: float = 0.8, tries: int = 15):
-    """The first of vector - shrink^j step that lowers the loss and keeps the KL within max_kl; else vector itself.
+def line_search(vector, step, loss_and_kl, old, max_kl: float, shrink=0.8, tries=15) -> tuple:
+    """The first of vector - shrink^j step that lowers the loss and keeps the KL within max_kl.
 
-    loss_and_kl: (P,) -> (loss, KL), equal on all ranks; old: its value at vector. Returns (vector, its value, tries).
+    loss_and_kl: (P,) -> (loss, KL), equal on all ranks; old: its value at vector; 0.8 and 15 are
+    the original's. Returns (the vector or, if there is none, the old one, its value, tries).
     """
     for j in range(tries):
         candidate = vector - shrink**j * step
@@ -1189,48 +1311,59 @@ def line_search(vector, step, loss_and_kl, old, max_kl: float, shrink: float = 0
     return vector, old, tries
 
 
-def meta_update(vector, dist_of, batch, policy, max_kl, cg_iters, cg_damping, penalty=None):
+def meta_update(vector, dist_of, batch, policy, args, penalty=None) -> tuple[torch.Tensor, dict]:
     """(6)-(8) One natural gradient step on the meta-parameters, vector (P,).
 
-    dist_of: (P,) -> (N, E, T, D), the adapted_distributions on batch; penalty: (P,) -> this rank's share of a further
-    term of the loss. Returns the new vector, which is the old one if no step was acceptable, and what to log.
+    dist_of: (P,) -> (N, E, T, D), what the adapted policies do on batch; penalty: (P,) -> this
+    rank's share of a further term of the loss. Returns the new vector, which is the old one if no
+    step was acceptable, and what to log.
     """
     steps = batch["mask"].sum((1, 2), keepdim=True)
-    weight = batch["mask"] / (steps * len(steps) * ranks()[1])  # mean over a task's steps, then over all tasks
+    weight = batch["mask"] / (steps * len(steps) * ranks()[1])  # mean over steps, then over tasks
+    old_distribution = distribution(batch["dist_params"], policy.discrete)
 
-    def surrogate(dist):
-        difference = policy.distribution(dist).log_prob(batch["actions"]) - batch["logprobs"]
-        return -(weight * torch.exp(difference * batch["mask"]) * batch["advantages"]).sum()
+    def surrogate(dist_params):
+        ratio = probability_ratio(dist_params, batch, policy.discrete)
+        return -(weight * ratio * batch["advantages"]).sum()
 
-    def kl(dist):
-        return (weight * kl_divergence(policy.distribution(batch["dist"]), policy.distribution(dist))).sum()
+    def kl(dist_params):
+        new_distribution = distribution(dist_params, policy.discrete)
+        return (weight * kl_divergence(old_distribution, new_distribution)).sum()
 
-    def loss_and_kl(vector, dist):
-        loss = surrogate(dist) + (penalty(vector) if penalty else 0)
-        return all_reduce(torch.stack([loss, kl(dist)])).tolist()
+    def loss_and_kl(vector, dist_params):
+        loss = surrogate(dist_params) + (penalty(vector) if penalty else 0)
+        return all_reduce(torch.stack([loss, kl(dist_params)])).tolist()
 
-    # (6) ∇S = Jᵀ ∂S/∂dist
-    dist, pull = vjp(dist_of, vector)  # pull: c -> Jᵀ c
-    gradient = pull(grad(surrogate)(dist))[0]
-    gradient = all_reduce(gradient + grad(penalty)(vector) if penalty else gradient)
+    # (6) ∇S = Jᵀ ∂S/∂dist_params; pull: (N, E, T, D) -> ((P,),), c -> Jᵀ c
+    dist_params, pull = vjp(dist_of, vector)
+    gradient = pull(grad(surrogate)(dist_params))[0]
+    if penalty:
+        gradient = gradient + grad(penalty)(vector)
+    gradient = all_reduce(gradient)
     if not gradient.isfinite().all():
         fail("the meta-gradient is not finite: try a smaller --inner-lr")
 
-    # (7) H v = Jᵀ F J v, all from the graph of (6): pull is linear, so that its own vjp is v -> J v
-    _, push = vjp(lambda c: pull(c)[0], torch.zeros_like(dist))
-    _, fisher = vjp(grad(kl), dist)  # F is the Hessian of the KL in dist, and symmetric
+    # (7) H v = Jᵀ F J v, all from the graph of (6): pull is linear, so that its own vjp, push, is
+    # v -> J v, (P,) -> ((N, E, T, D),); F is the Hessian of the KL in dist_params, and symmetric
+    _, push = vjp(lambda c: pull(c)[0], torch.zeros_like(dist_params))
+    _, fisher = vjp(grad(kl), dist_params)
 
     def fisher_product(v):
-        return all_reduce(pull(*fisher(*push(v)))[0]) + cg_damping * v
+        (moved,) = push(v)
+        (weighted,) = fisher(moved)
+        (product,) = pull(weighted)
+        return all_reduce(product) + args.cg_damping * v
 
-    direction, image = conjugate_gradient(fisher_product, gradient, cg_iters)
-    step = direction * torch.sqrt(2 * max_kl / (direction @ image + 1e-8))  # ½ sᵀ H s = δ
+    direction, image = conjugate_gradient(fisher_product, gradient, args.cg_iters)
+    step = direction * torch.sqrt(2 * args.max_kl / (direction @ image + 1e-8))  # ½ sᵀ H s = δ
 
     # (8) is a loop over step sizes
     with torch.no_grad():
-        old = loss_and_kl(vector, dist)
-        vector, new, tries = line_search(vector, step, lambda x: loss_and_kl(x, dist_of(x)), old, max_kl)
-    return vector, {"losses/surrogate": new[0], "losses/kl": new[1], "losses/line_search_tries": tries}
+        old = loss_and_kl(vector, dist_params)
+        search = partial(line_search, vector, step, lambda x: loss_and_kl(x, dist_of(x)), old)
+        vector, new, tries = search(args.max_kl)
+    losses = {"losses/surrogate": new[0], "losses/kl": new[1], "losses/line_search_tries": tries}
+    return vector, losses
 
 
 # <<< shared: trpo
