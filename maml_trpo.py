@@ -525,26 +525,29 @@ def make_envs(env_id: str, num_envs: int = 1) -> gym.vector.VectorEnv:
     if env_id in POINT_FAMILIES:
         return PointEnvs(env_id, num_envs)
     module, _, name = env_id.rpartition(":")
-    for file, pattern in FAMILY_FILES.items():
-        if not module and re.fullmatch(pattern, name):
+    for file, families in FAMILY_FILES.items():
+        if not module and re.fullmatch(families, name):
             module = file
+    if module.startswith("."):
+        fail(f"no tasks {env_id}: {module} is no name of a module")
     try:
         if module:
             importlib.import_module(module)
         if gym.spec(name).vector_entry_point:
             return gym.make_vec(name, num_envs, vectorization_mode="vector_entry_point")
-        return UserEnvs(name, num_envs)
+        return UserEnvs(env_id, num_envs)
     except ModuleNotFoundError as error:
-        lacking = (
-            f"beside the script: {module}.py"
-            if error.name == module
-            else f"pip install {error.name}"
-        )
-        fail(f"no tasks {env_id}: {error}; it needs {lacking}")
-    except (gym.error.Error, TypeError) as error:
+        own = error.name == module
+        needed = f"{module}.py beside the script" if own else f"pip install {error.name}"
+        fail(f"no tasks {env_id}: {error}; it needs {needed}")
+    except gym.error.Error as error:
         near = difflib.get_close_matches(env_id, [*POINT_FAMILIES, *gym.registry])
         hint = f" Near: {', '.join(near)}." if near else ""
         fail(f"no tasks {env_id}: {str(error).splitlines()[0]}{hint}")
+    except SystemExit as error:
+        if error.code:
+            raise
+        fail(f"{env_id} has called sys.exit()")
 
 
 def make_tasks(args) -> tuple[gym.vector.VectorEnv, np.ndarray, np.ndarray]:
@@ -617,7 +620,7 @@ def rollout(act, params, tasks, episodes, key, args, deterministic=False) -> dic
 
     obs, next_obs           (N, E, T, O)  before and after the step
     actions                 (N, E, T, A)  as chosen, unclipped; (N, E, T) if Discrete
-    dense_rewards           (N, E, T)     of the step
+    rewards, dense_rewards  (N, E, T)     of the step
     sparse_rewards, success (N, E, T)     the same, where tasks report them
     terminated              (N, E, T)     1 where the step ended the episode, time limits excluded
     mask                    (N, E, T)     1 up to the episode's end
@@ -643,9 +646,7 @@ def rollout(act, params, tasks, episodes, key, args, deterministic=False) -> dic
         actions.append(act(params, observations[-1], noise[:, :, t]))
         chosen = require_finite_actions(actions[-1].flatten(0, 1).cpu().numpy())
         obs, rewards, terminated, truncated, info = envs.step(chosen)
-        told = {"dense_rewards": rewards, **info}
-        if "sparse_reward" in told:
-            told["sparse_rewards"] = told.pop("sparse_reward")
+        told = {"rewards": rewards, **info}
         require_finite(args.env_id, {"observations": obs, **told}, alive, lanes, t)
         for name, value in {**told, "terminated": terminated, "mask": alive}.items():
             steps.setdefault(name, np.zeros((len(lanes), args.horizon)))[:, t] = value * alive
@@ -655,6 +656,9 @@ def rollout(act, params, tasks, episodes, key, args, deterministic=False) -> dic
             break
 
     batch = {name: tensor(x[:, : t + 1]).unflatten(0, shape) for name, x in steps.items()}
+    batch["dense_rewards"] = batch["rewards"]
+    if "sparse_reward" in batch:
+        batch["sparse_rewards"] = batch.pop("sparse_reward")
     batch["obs"] = torch.stack(observations[:-1], 2)
     batch["next_obs"] = torch.stack(observations[1:], 2)
     batch["actions"] = torch.stack(actions, 2)

@@ -1,18 +1,20 @@
 """The shared block `tasks`: families against their formulas and known returns, user environments, rollouts."""
 
 import importlib
+import sys
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import LEAST, OWN, TINY, load
+from conftest import LEAST, OWN, SCRIPTS, TINY, load
 from user_tasks import Ragged
 
-from maml_trpo import POINT_FAMILIES, episode_scores, make_envs, require_sparse_reward, rollout
+from maml_trpo import POINT_FAMILIES, Args, episode_scores, make_envs, make_tasks, rollout
 
-CPU = torch.device("cpu")
-FRESH = ["maml_trpo", "rl2", "mmaml"]  # the scripts that can draw new tasks in every iteration
+FRESH = [
+    name for name in ("maml_trpo", "rl2", "mmaml") if name in SCRIPTS
+]  # the scripts that can draw new tasks in every iteration
 
 
 @pytest.fixture(autouse=True)
@@ -22,15 +24,17 @@ def forget(monkeypatch):
 
 def play(envs, tasks, act):
     """One episode; act: (obs, t) -> actions. Yields what each step returned, after the observation before it."""
-    obs, _ = envs.reset(seed=99, options={"task": tasks})  # not the seed of the tasks: starts would equal goals
+    obs, _ = envs.reset(
+        seed=99, options={"task": tasks}
+    )  # not the seed of the tasks: starts would equal goals
     for t in range(envs.horizon):
         before = obs.copy()
         obs, reward, terminated, _, info = envs.step(act(before, t))
         yield before, obs.copy(), reward, terminated.copy(), info
 
 
-def make(env_id, n, seed=0, **settings):
-    envs = make_envs(env_id, n, 1, **settings)
+def make(env_id, n, seed=0):
+    envs = make_envs(env_id, n)
     return envs, envs.sample_tasks(n, np.random.default_rng(seed))
 
 
@@ -60,7 +64,9 @@ def test_rewards_and_moves_follow_the_formulas(env_id):
             ended |= (abs(obs[:, 0] - tasks[:, 0]) < 0.01) & (abs(obs[:, 1] - tasks[:, 1]) < 0.01)
         assert (terminated == ended).all()
         if env_id == "SparsePointRobot-v0":
-            np.testing.assert_allclose(info["sparse_reward"], (distance <= 0.2) * (1 - distance), atol=1e-12)
+            np.testing.assert_allclose(
+                info["sparse_reward"], (distance <= 0.2) * (1 - distance), atol=1e-12
+            )
             assert (info["success"] == (distance <= 0.2)).all()
             hits += info["success"].sum()
         else:
@@ -108,10 +114,14 @@ def test_known_returns(env_id, act, known, tolerance):
         sparse = sum(step[4]["sparse_reward"] for step in steps).mean()
         assert sparse == pytest.approx(13.36 if act is to_goal else 0, abs=0.04)
     if env_id == "Navigation2D-v0":
-        assert steps[10][3].all() == (act is to_goal)  # 0.5 at 0.1 a step, and the last bit in one more
+        assert steps[10][3].all() == (
+            act is to_goal
+        )  # 0.5 at 0.1 a step, and the last bit in one more
 
 
-@pytest.mark.parametrize("env_id, start", [("PointRobot-v0", 1), ("Navigation2D-v0", 0), ("SparsePointRobot-v0", 0)])
+@pytest.mark.parametrize(
+    "env_id, start", [("PointRobot-v0", 1), ("Navigation2D-v0", 0), ("SparsePointRobot-v0", 0)]
+)
 def test_starts(env_id, start):
     envs, tasks = make(env_id, 1000)
     obs, _ = envs.reset(seed=0, options={"task": tasks})
@@ -152,7 +162,9 @@ def test_modes(modes):
         assert goals.std(0) == pytest.approx([1, 1], abs=3 / (2 * len(goals)) ** 0.5)
     assert (np.diff(tasks[:, 2]) % modes == 1 % modes).all()  # dealt in turn
     firsts = {make(f"MultimodalNavigation{modes}-v0", 1, seed)[1][0, 2] for seed in range(60)}
-    assert firsts == set(range(modes))  # but not always from the first mode on: a draw of one task is fair too
+    assert firsts == set(
+        range(modes)
+    )  # but not always from the first mode on: a draw of one task is fair too
 
 
 def test_a_lane_that_has_ended_stays_put():
@@ -161,7 +173,11 @@ def test_a_lane_that_has_ended_stays_put():
     for before, obs, reward, terminated, _ in play(
         envs, tasks, lambda obs, t: to_goal(obs, tasks) if t < 8 else 1 + 0 * obs
     ):
-        assert (obs[ended] == before[ended]).all() and (reward[ended] == 0).all() and terminated[ended].all()
+        assert (
+            (obs[ended] == before[ended]).all()
+            and (reward[ended] == 0).all()
+            and terminated[ended].all()
+        )
         ended, seen = terminated, seen + ended.sum()
     assert seen > 500
 
@@ -169,10 +185,22 @@ def test_a_lane_that_has_ended_stays_put():
 # ------------------------------------------------------------------------------------------------------------- rollouts
 
 
+def roll(env_id, tasks, act, horizon):
+    """One episode in each task, without an axis of episodes; act: (obs (N, O), t) -> actions."""
+    steps = iter(range(horizon))
+
+    def callback(params, obs, noise):
+        return act(obs[:, 0], next(steps)).unsqueeze(1)
+
+    args = Args(env_id=env_id, horizon=horizon)
+    batch = rollout(callback, {}, tasks, 1, ("test", 2), args)
+    return {name: x[:, 0] for name, x in batch.items()}
+
+
 def point_rollout(envs, tasks, horizon=30):
     """Straight to the goal, from t = 3 on."""
     goals = torch.as_tensor(tasks[:, :2], dtype=torch.get_default_dtype())
-    return rollout(envs, lambda obs, t: (goals - obs) / 0.1 * (t > 2), tasks, horizon, np.random.default_rng(2), CPU)
+    return roll(envs.env_id, tasks, lambda obs, t: (goals - obs) / 0.1 * (t > 2), horizon)
 
 
 def test_rollout_masks_what_follows_an_end():
@@ -182,18 +210,31 @@ def test_rollout_masks_what_follows_an_end():
     longest = length.max()
     assert 3 < length.min() < longest < 10
     assert {name: x.shape[:2] for name, x in batch.items()} == dict.fromkeys(batch, (20, longest))
-    assert batch.keys() == {"obs", "next_obs", "actions", "rewards", "terminated", "mask"}
+    assert batch.keys() == {
+        "obs",
+        "next_obs",
+        "actions",
+        "rewards",
+        "dense_rewards",
+        "terminated",
+        "mask",
+    }
     assert batch["obs"].shape == batch["next_obs"].shape == batch["actions"].shape
     assert {x.dtype for x in batch.values()} == {torch.get_default_dtype()}
     goals = torch.as_tensor(tasks, dtype=torch.get_default_dtype())
     for lane, n in enumerate(length):
         assert (batch["mask"][lane] == (torch.arange(longest) < n)).all()
         assert all((x[lane, n:] == 0).all() for x in batch.values())
-        ends = torch.cat([batch["obs"][lane, 1:n], goals[lane : lane + 1]])  # the reward belongs to the next position
-        torch.testing.assert_close(batch["rewards"][lane, : n - 1], -(ends - goals[lane]).norm(dim=1)[:-1])
+        ends = torch.cat(
+            [batch["obs"][lane, 1:n], goals[lane : lane + 1]]
+        )  # the reward belongs to the next position
+        distances = (ends - goals[lane]).norm(dim=1)[:-1]
+        torch.testing.assert_close(batch["rewards"][lane, : n - 1], -distances)
         assert torch.equal(batch["next_obs"][lane, : n - 1], batch["obs"][lane, 1:n])
         ends = batch["next_obs"][lane, n - 1]  # of the step that ended the episode, if one did
-        assert batch["terminated"][lane].sum() == (n < 10) == ((ends - goals[lane]).abs() < 0.01).all()
+        assert (
+            batch["terminated"][lane].sum() == (n < 10) == ((ends - goals[lane]).abs() < 0.01).all()
+        )
         assert batch["terminated"][lane, n - 1] == (n < 10)
 
 
@@ -203,37 +244,36 @@ def test_rollout_ignores_what_a_lane_reports_after_its_end(monkeypatch):
 
     def careless(actions):
         obs, reward, terminated, truncated, _ = step(actions)
-        return obs, np.ones_like(reward), terminated & (reward != 0), truncated, {"success": np.ones(20)}
+        return (
+            obs,
+            np.ones_like(reward),
+            terminated & (reward != 0),
+            truncated,
+            {"success": np.ones(20)},
+        )
 
     monkeypatch.setattr(envs, "step", careless)
     batch = point_rollout(envs, tasks)
     assert 0 < batch["mask"].mean() < 1
-    assert torch.equal(batch["rewards"], batch["mask"]) and torch.equal(batch["success"], batch["mask"])
+    assert torch.equal(batch["rewards"], batch["mask"]) and torch.equal(
+        batch["success"], batch["mask"]
+    )
 
 
 def test_rollout_ends_at_the_horizon():
     envs, tasks = make("SparsePointRobot-v0", 4)
     batch = point_rollout(envs, tasks, horizon=15)
     assert all(x.shape[:2] == (4, 15) for x in batch.values()) and (batch["mask"] == 1).all()
-    assert batch.keys() >= {"sparse_reward", "success"} and (batch["terminated"] == 0).all()
-    scores = episode_scores({name: x.unflatten(0, (2, 2)) for name, x in batch.items()})
-    torch.testing.assert_close(scores["return"], batch["rewards"].sum(1).view(2, 2).mean(1))
+    assert batch.keys() >= {"sparse_rewards", "success"} and (batch["terminated"] == 0).all()
+    batch = {name: x.unflatten(0, (2, 2)) for name, x in batch.items()}
+    scores = episode_scores(batch)
+    torch.testing.assert_close(scores["return"], batch["rewards"].sum(2).mean(1))
     assert (scores["success"] == 1).all()
-
-
-@pytest.mark.parametrize("env_id", ["PointRobot-v0", "MultimodalNavigation6-v0", "user_tasks:Asymmetric-v0"])
-def test_a_slice_of_the_lanes_is_a_slice_of_the_whole(env_id):
-    part = slice(2, 6)
-    whole, tasks = make(env_id, 8)
-    some, same_tasks = make(env_id, 8, lanes=part)
-    assert (tasks == same_tasks).all() and some.num_envs == 4
-    torch.manual_seed(0)
-    actions = torch.randn(8, 12, 2)
-    all_of_it = rollout(whole, lambda obs, t: actions[:, t], tasks, 12, np.random.default_rng(3), CPU)
-    slice_of_it = rollout(some, lambda obs, t: actions[part, t], tasks[part], 12, np.random.default_rng(3), CPU)
-    assert all_of_it["obs"].std(0).any()  # lanes differ
-    for name, x in slice_of_it.items():
-        assert torch.equal(x, all_of_it[name][part, : x.shape[1]]), name
+    worse = batch | {"rewards": batch["rewards"] - 1, "success": 0 * batch["success"]}
+    both = episode_scores(worse, batch)
+    assert both.keys() == {"return", "success", "sampled_return", "sampled_success"}
+    assert torch.equal(both["return"], scores["return"])
+    torch.testing.assert_close(both["sampled_return"], scores["return"] - 15)
 
 
 def record_tasks(envs_class, monkeypatch):
@@ -249,13 +289,20 @@ def record_tasks(envs_class, monkeypatch):
 
 
 def test_tasks_come_from_the_task_seed_alone(script, train, monkeypatch):
-    met, envs = record_tasks(script.PointEnvs, monkeypatch), make_envs("PointRobot-v0", 1)
+    met, envs = record_tasks(script.PointEnvs, monkeypatch), make_envs("PointRobot-v0")
     for task_seed, seed in ((3, 1), (3, 2), (4, 1)):
         train_tasks, test_tasks = (
             envs.sample_tasks(n, np.random.default_rng([task_seed, k])) for k, n in ((0, 6), (1, 7))
         )
         met.clear()
-        train(script, task_seed=task_seed, seed=seed, num_train_tasks=6, num_test_tasks=7, total_timesteps=6 * 160)
+        train(
+            script,
+            task_seed=task_seed,
+            seed=seed,
+            num_train_tasks=6,
+            num_test_tasks=7,
+            total_timesteps=6 * 160,
+        )
         assert met == set(map(tuple, [*train_tasks, *test_tasks]))  # each of them, and no others
 
 
@@ -279,7 +326,7 @@ def user_rollout(env_id, n=6, value=0.0):
     envs, tasks = make(env_id, n)
     discrete = isinstance(envs.single_action_space, gym.spaces.Discrete)
     shape = (n,) if discrete else (n, *envs.single_action_space.shape)
-    return envs, tasks, rollout(envs, lambda obs, t: torch.full(shape, value), tasks, 12, np.random.default_rng(2), CPU)
+    return envs, tasks, roll(env_id, tasks, lambda obs, t: torch.full(shape, value), 12)
 
 
 def test_user_episodes_end_each_at_its_own_step():
@@ -294,7 +341,7 @@ def test_user_episodes_end_each_at_its_own_step():
         torch.testing.assert_close(batch["obs"][lane, :n, 2], steps[:n] / 10)
         # both are reported at some steps only
         assert batch["success"][lane].tolist() == (steps == n - 1).tolist()
-        assert batch["sparse_reward"][lane].tolist() == ((steps % 2 == 0) & (steps < n)).tolist()
+        assert batch["sparse_rewards"][lane].tolist() == ((steps % 2 == 0) & (steps < n)).tolist()
     obs, reward, terminated, truncated, _ = envs.step(np.zeros((6, 2)))  # all have ended
     assert terminated.all() and not truncated.any() and (reward == 0).all()
     assert obs[:, 2].tolist() == pytest.approx((tasks[:, 0] / 10).tolist())
@@ -302,13 +349,17 @@ def test_user_episodes_end_each_at_its_own_step():
 
 def test_a_time_limit_ends_an_episode_too():
     envs, tasks, batch = user_rollout("user_tasks:Truncated-v0")
-    assert envs.horizon == 4 and batch["mask"].sum(1).tolist() == np.minimum(tasks[:, 0], 4).tolist()
+    assert (
+        envs.horizon == 4 and batch["mask"].sum(1).tolist() == np.minimum(tasks[:, 0], 4).tolist()
+    )
     envs.step(np.zeros((6, 2)))  # all have ended, and none of them is stepped
     assert [len(env.unwrapped.given) for env in envs.envs] == np.minimum(tasks[:, 0], 4).tolist()
     assert min(tasks[:, 0]) < 4 < max(tasks[:, 0])
 
 
-@pytest.mark.parametrize("value, native", [(-1, [-2, 0]), (0, [-0.5, 2.5]), (1, [1, 5]), (-7, [-2, 0]), (3, [1, 5])])
+@pytest.mark.parametrize(
+    "value, native", [(-1, [-2, 0]), (0, [-0.5, 2.5]), (1, [1, 5]), (-7, [-2, 0]), (3, [1, 5])]
+)
 def test_asymmetric_bounds(value, native):
     envs, tasks, batch = user_rollout("user_tasks:Asymmetric-v0", value=value)
     given = envs.envs[0].unwrapped.given[0]
@@ -324,7 +375,10 @@ def test_action_spaces():
     envs, _ = make("user_tasks:Matrix-v0", 2)
     envs.reset(seed=0, options={"task": np.array([[5, 0], [5, 0]])})
     envs.step(np.array([[-1, 0, 1, 0.5], [1, 0, -1, 0.5]]))
-    assert [env.unwrapped.given[0].tolist() for env in envs.envs] == [[[-1, 1], [3, 2]], [[3, 1], [-1, 2]]]
+    assert [env.unwrapped.given[0].tolist() for env in envs.envs] == [
+        [[-1, 1], [3, 2]],
+        [[3, 1], [-1, 2]],
+    ]
     envs, _, _ = user_rollout("user_tasks:Unbounded-v0", value=0.5)
     assert envs.envs[0].unwrapped.given[0].tolist() == [0.5, 0.5]  # nothing to map to
     for index in (0, 2):
@@ -340,13 +394,22 @@ def test_dict_observations_are_flattened():
     assert envs.single_observation_space.shape == (3,)
     env = envs.envs[0].unwrapped
     parts = {"place": env.place, "clock": np.zeros(1)}
-    np.testing.assert_allclose(batch["obs"][0, 0], gym.spaces.flatten(env.observation_space, parts), rtol=1e-6)
+    np.testing.assert_allclose(
+        batch["obs"][0, 0], gym.spaces.flatten(env.observation_space, parts), rtol=1e-6
+    )
 
 
 def test_user_environments_are_seeded():
-    (one, tasks), (two, same_tasks), (_, others) = (make("user_tasks:Asymmetric-v0", 6, seed) for seed in (0, 0, 1))
+    made = []
+    for seed in (0, 0, 1):
+        make_envs.cache_clear()
+        made.append(make("user_tasks:Asymmetric-v0", 6, seed))
+    (one, tasks), (two, same_tasks), (_, others) = made
     assert (tasks == same_tasks).all() and (tasks != others)[:, 1].all()
-    starts = [envs.reset(seed=seed, options={"task": tasks})[0] for envs, seed in ((one, 5), (two, 5), (one, 6))]
+    starts = [
+        envs.reset(seed=seed, options={"task": tasks})[0]
+        for envs, seed in ((one, 5), (two, 5), (one, 6))
+    ]
     assert (starts[0] == starts[1]).all() and (starts[0] != starts[2])[:, :2].all()
     assert len(np.unique(starts[0][:, 0])) == 6  # every lane has a seed of its own
     assert None not in [seed for env in Ragged.made for seed in env.seeds]
@@ -354,17 +417,110 @@ def test_user_environments_are_seeded():
 
 def test_held_out_tasks_of_its_own(script, train, monkeypatch):
     met = record_tasks(script.UserEnvs, monkeypatch)
-    for env_id, held_out in (("user_tasks:Split-v0", TINY["num_test_tasks"]), ("user_tasks:Asymmetric-v0", 0)):
+    for env_id, held_out in (
+        ("user_tasks:Split-v0", TINY["num_test_tasks"]),
+        ("user_tasks:Asymmetric-v0", 0),
+    ):
         met.clear()
         train(script, env_id=env_id, num_train_tasks=6)
-        assert sum(target > 90 for _, target in met) == held_out and len(met) == 6 + TINY["num_test_tasks"]
+        assert (
+            sum(target > 90 for _, target in met) == held_out
+            and len(met) == 6 + TINY["num_test_tasks"]
+        )
 
 
-@pytest.mark.parametrize("tasks", [np.zeros((3, 2)), np.full((5, 2), "a"), [{"goal": 1}] * 5, []])
+NO_ROWS = [np.zeros((3, 2)), np.full((5, 2), "a"), [{"goal": 1}] * 5, [], None, {"a": 1}, 3.0]
+NO_ROWS += [
+    (x for x in range(5)),
+    [[1, 2], [1]] + [[1, 2]] * 3,
+    np.zeros((5, 0)),
+    np.zeros((5, 2)) * 1j,
+]
+
+
+@pytest.mark.parametrize("tasks", NO_ROWS, ids=str)
 def test_tasks_must_be_rows_of_numbers(monkeypatch, tasks):
     monkeypatch.setattr(Ragged, "sample_tasks", lambda env, n: tasks)
-    with pytest.raises(SystemExit, match=r"^error: user_tasks:Asymmetric-v0: .*must return 5 rows of numbers"):
+    line = r"^error: user_tasks:Asymmetric-v0: .*must return 5 rows of numbers"
+    with pytest.raises(SystemExit, match=line):
         make("user_tasks:Asymmetric-v0", 5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_tasks_must_be_finite(monkeypatch, value):
+    monkeypatch.setattr(Ragged, "sample_tasks", lambda env, n: np.full((n, 2), value))
+    with pytest.raises(SystemExit, match=r"^error: user_tasks:Asymmetric-v0: .*not finite"):
+        make("user_tasks:Asymmetric-v0", 5)
+
+
+SPACES = {
+    "Sequence": gym.spaces.Sequence(gym.spaces.Discrete(3)),
+    "Graph": gym.spaces.Graph(gym.spaces.Box(-1, 1, (2,)), None),
+    "None": None,
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_observations_that_no_vector_holds(monkeypatch, name):
+    make_one = Ragged.__init__
+
+    def init(env, **settings):
+        make_one(env, **settings)
+        env.observation_space = SPACES[name]
+
+    monkeypatch.setattr(Ragged, "__init__", init)
+    with pytest.raises(SystemExit, match=rf"^error: user_tasks:Asymmetric-v0 has obs.*{name}"):
+        make_envs("user_tasks:Asymmetric-v0", 2)
+
+
+@pytest.mark.parametrize("obs", [None, "abc", np.zeros(4), {"place": np.zeros(3)}, 1.0], ids=str)
+@pytest.mark.parametrize("env_id", ["user_tasks:Asymmetric-v0", "user_tasks:Dict-v0"])
+def test_observations_outside_their_space(monkeypatch, env_id, obs):
+    monkeypatch.setattr(Ragged, "observe", lambda env: obs)
+    envs, tasks = make_envs(env_id, 2), np.full((2, 2), 5.0)
+    with pytest.raises(SystemExit, match=rf"^error: {env_id}: the observation .* is not in "):
+        envs.reset(seed=0, options={"task": tasks})
+
+
+@pytest.mark.parametrize("what", ["reward", "sparse_reward"])
+@pytest.mark.parametrize("value", [[1.0, 2.0], None, "1.0", 1j, np.ones(3)], ids=str)
+def test_rewards_that_are_no_numbers(what, value):
+    envs, _ = make("user_tasks:Asymmetric-v0", 2)
+    envs.envs[1].unwrapped.fault = (0, what.replace("_", " "), value)
+    envs.reset(seed=0, options={"task": np.full((2, 2), 5.0)})
+    with pytest.raises(
+        SystemExit, match=rf"^error: user_tasks:Asymmetric-v0: {what} must be a num"
+    ):
+        envs.step(np.zeros((2, 2)))
+
+
+def test_rewards_of_one_element_are_numbers():
+    envs, _ = make("user_tasks:Asymmetric-v0", 2)
+    envs.envs[1].unwrapped.fault = (0, "reward", np.array([[-3.0]]))
+    envs.reset(seed=0, options={"task": np.full((2, 2), 5.0)})
+    assert envs.step(np.zeros((2, 2)))[1][1] == -3
+
+
+def test_an_environment_that_exits_is_an_error(script, train, monkeypatch):
+    """sys.exit(0) in a step must not end the program as if all had gone well."""
+    monkeypatch.setattr(Ragged, "step", lambda env, action: sys.exit(0))
+    with pytest.raises(
+        SystemExit, match=r"^error: user_tasks:Asymmetric-v0 has called sys.exit\(\)$"
+    ):
+        train(script, env_id="user_tasks:Asymmetric-v0")
+
+
+def test_a_module_that_exits_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "exits.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(SystemExit, match=r"^error: exits:Id-v0 has called sys.exit\(\)$"):
+        make_envs("exits:Id-v0", 1)
+
+
+@pytest.mark.parametrize("module", ["../../x", ".x", "x/y", "a b", "1"])
+def test_names_that_are_no_modules(module):
+    with pytest.raises(SystemExit, match=r"^error: no tasks .*:Id-v0: (.* is no name|No module)"):
+        make_envs(f"{module}:Id-v0", 1)
 
 
 def test_a_module_in_the_current_folder(tmp_path, monkeypatch, train, script):
@@ -377,7 +533,9 @@ def test_a_module_in_the_current_folder(tmp_path, monkeypatch, train, script):
 
 
 def test_without_a_time_limit_the_horizon_must_be_given(script, train, tmp_path):
-    with pytest.raises(SystemExit, match=r"^error: user_tasks:Endless-v0 has no time limit .*--horizon$"):
+    with pytest.raises(
+        SystemExit, match=r"^error: user_tasks:Endless-v0 has no time limit .*--horizon$"
+    ):
         train(script, env_id="user_tasks:Endless-v0", horizon=0)
     assert not (tmp_path / "runs").exists()
     train(script, env_id="user_tasks:Endless-v0", horizon=5)
@@ -385,7 +543,7 @@ def test_without_a_time_limit_the_horizon_must_be_given(script, train, tmp_path)
 
 @pytest.mark.parametrize("env_id", ["SparsePointRobot-v0", "user_tasks:Asymmetric-v0"])
 def test_sparse_rewards_where_there_are_any(script, train, env_id):
-    require_sparse_reward(*make(env_id, 1))
+    make_tasks(Args(env_id=env_id, test_reward="sparse"))
     train(script, env_id=env_id, train_reward="sparse", test_reward="sparse")
 
 
@@ -396,13 +554,15 @@ def test_a_value_that_is_not_finite_stops_the_run(script, train, monkeypatch, wh
     least = LEAST[script.__name__]
     folder, _ = train(script, env_id="user_tasks:Asymmetric-v0", total_timesteps=least)
     saved = load(folder)
-    monkeypatch.setattr(Ragged, "made", [])  # numbers the lanes from 0 again
-    monkeypatch.setattr(Ragged, "fault", (3, 2, what, value))
+    lane = script.make_envs("user_tasks:Asymmetric-v0", 8).envs[3].unwrapped
+    lane.fault = (2, what, value)
     with pytest.raises(SystemExit, match=f"{what} is not finite in lane 3, step 2") as error:
         train(script, resume=folder, total_timesteps=saved["global_step"] + 1)
-    assert str(error.value).startswith("error: user_tasks:Asymmetric-v0") and "\n" not in str(error.value)
+    assert str(error.value).startswith("error: user_tasks:Asymmetric-v0") and "\n" not in str(
+        error.value
+    )
     assert load(folder)["global_step"] == saved["global_step"]
-    monkeypatch.setattr(Ragged, "fault", ())
+    lane.fault = ()
     train(script, resume=folder, total_timesteps=saved["global_step"] + 1)
 
 
@@ -414,5 +574,7 @@ def test_actions_that_are_not_finite_are_the_policys_fault(script, train, monkey
             return np.nan * super().normal(*args, **kwargs)
 
     monkeypatch.setattr(script, "keyed_rng", lambda *key: Diverged(np.random.PCG64(0)))
-    with pytest.raises(SystemExit, match=r"^error: the policy has diverged, its actions are not finite"):
+    with pytest.raises(
+        SystemExit, match=r"^error: the policy has diverged, its actions are not finite"
+    ):
         train(script)

@@ -15,7 +15,9 @@ ACTIONS = {
 }
 OBSERVATIONS = {
     "flat": Box(-np.inf, np.inf, (3,), np.float64),
-    "dict": Dict({"place": Box(-np.inf, np.inf, (2,), np.float64), "clock": Box(0, np.inf, (1,), np.float64)}),
+    "dict": Dict(
+        {"place": Box(-np.inf, np.inf, (2,), np.float64), "clock": Box(0, np.inf, (1,), np.float64)}
+    ),
 }
 
 
@@ -24,12 +26,12 @@ class Ragged(gym.Env):
     action to the target; success is reported at the end only, and the sparse reward at every other step.
     """
 
-    made: ClassVar[list] = []  # every one that was ever made, in order
-    fault: ClassVar[tuple] = ()  # (lane, step, what, value): where to return a value; step -1 is the reset
+    made: ClassVar[list] = []  # every one that was ever made
+    fault = ()  # (step, what, value): where to return a value; step -1 is the reset
 
     def __init__(self, actions="asymmetric", observations="flat"):
         self.action_space, self.observation_space = ACTIONS[actions], OBSERVATIONS[observations]
-        self.lane, self.given, self.seeds = len(self.made), [], []
+        self.given, self.seeds = [], []
         self.made.append(self)
 
     def sample_tasks(self, n):
@@ -56,7 +58,7 @@ class Ragged(gym.Env):
         return self.observe(), reward, self.steps == self.task[0], False, info
 
     def spoil(self, what, value):
-        return self.fault[3] if self.fault[:3] == (self.lane, self.steps - 1, what) else value
+        return self.fault[2] if self.fault[:2] == (self.steps - 1, what) else value
 
     def observe(self):
         place = self.place * self.spoil("observation", 1)
@@ -81,11 +83,15 @@ class Uneven(Ragged):
 
     def step(self, action):
         *result, info = super().step(action)
-        return *result, {name: value for name, value in info.items() if name != "success" or self.task[1] > 0}
+        return *result, {
+            name: value for name, value in info.items() if name != "success" or self.task[1] > 0
+        }
 
 
 for actions in ACTIONS:
-    gym.register(f"{actions.capitalize()}-v0", Ragged, max_episode_steps=12, kwargs={"actions": actions})
+    gym.register(
+        f"{actions.capitalize()}-v0", Ragged, max_episode_steps=12, kwargs={"actions": actions}
+    )
 gym.register("Dict-v0", Ragged, max_episode_steps=12, kwargs={"observations": "dict"})
 gym.register("Endless-v0", Ragged)
 gym.register("Truncated-v0", Ragged, max_episode_steps=4)
