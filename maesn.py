@@ -623,7 +623,9 @@ def make_envs(env_id: str, num_envs: int = 1) -> gym.vector.VectorEnv:
         if module:
             importlib.import_module(module)
         if gym.spec(name).vector_entry_point:
-            return gym.make_vec(name, num_envs, vectorization_mode="vector_entry_point")
+            envs = gym.make_vec(name, num_envs, vectorization_mode="vector_entry_point")
+            if hasattr(envs, "sample_tasks"):
+                return envs
         return UserEnvs(env_id, num_envs)
     except ModuleNotFoundError as error:
         own = error.name == module

@@ -32,7 +32,11 @@ def same(a, b, tolerance=0):
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(same(x, y, tolerance) for x, y in zip(a, b, strict=True))
     if torch.is_tensor(a):
-        equal = torch.equal if not tolerance else lambda a, b: torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+        equal = (
+            torch.equal
+            if not tolerance
+            else lambda a, b: torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+        )
         return a.dtype == b.dtype and equal(a, b)
     return a == b or (isinstance(a, float) and abs(a - b) <= tolerance * max(1, abs(a)))
 
@@ -54,35 +58,49 @@ def test_the_seed_decides(script, train, monkeypatch):
     assert same(state(first), state(again)) and scalars(first) == scalars(again)
     assert not same(state(first), state(other)) and scalars(first) != scalars(other)
     with monkeypatch.context() as patch:  # of the initial parameters
-        patch.setattr(script.Run, "stopping", lambda run: True)
+        keyed = script.keyed_rng
+        patch.setattr(script, "keyed_rng", lambda seed, *key: keyed(0, *key))
         first, other = (state(train(script, seed=seed)[0]) for seed in (1, 2))
-        assert first["iteration"] == 0 and not same(first, other)
+        assert not same(first, other)
     with monkeypatch.context() as patch:  # and of the episodes
-        patch.setattr(torch, "manual_seed", lambda seed, set_seed=torch.manual_seed: set_seed(0))
+        set_seed = torch.manual_seed
+        patch.setattr(torch, "manual_seed", lambda seed: set_seed(0))
         first, other = (state(train(script, seed=seed)[0]) for seed in (1, 2))
         assert not same(first, other)
 
 
 def test_meta_tests_do_not_change_training(script, train):
-    often, rarely = (train(script, eval_every=every, num_test_tasks=n)[0] for every, n in ((1, 5), (LONG, 3)))
+    often, rarely = (
+        train(script, eval_every=every, num_test_tasks=n)[0] for every, n in ((1, 5), (LONG, 3))
+    )
     assert same(state(often), state(rarely))
 
 
 def test_what_main_returns(script, train):
     folder, metrics = train(script, env_id="SparsePointRobot-v0", eval_every=1)
     logged = scalars(folder)
-    expected = {tag: values[max(values)] for tag, values in logged.items() if tag.startswith(("eval/", "charts/"))}
+    expected = {
+        tag: values[max(values)]
+        for tag, values in logged.items()
+        if tag.startswith(("eval/", "charts/"))
+    }
     assert metrics.keys() == expected.keys() | {"charts/SPS"}
     assert {tag: metrics[tag] for tag in expected} == pytest.approx(expected)
     assert {"charts/episodic_return", "charts/episodic_length"} <= metrics.keys()
     assert any(tag.startswith("eval/return_after_") for tag in metrics)
-    assert {tag.replace("success", "return") for tag in metrics if "success" in tag} <= metrics.keys()
-    logged = {tag: values for tag, values in logged.items() if not tag.startswith("expert/")}  # of a phase that is over
+    assert {
+        tag.replace("success", "return") for tag in metrics if "success" in tag
+    } <= metrics.keys()
+    logged = {
+        tag: values for tag, values in logged.items() if not tag.startswith("expert/")
+    }  # of a phase that is over
     assert all(max(values) == state(folder)["global_step"] for values in logged.values())
 
 
 # of Discrete actions it differs from step to step; rl2.py's is part of its loss
-@pytest.mark.parametrize("name, actions", [("maml_trpo", "Discrete"), ("maesn", "Discrete"), ("mmaml", "Matrix")])
+@pytest.mark.parametrize(
+    "name, actions", [("maml_trpo", "Discrete"), ("maesn", "Discrete"), ("mmaml", "Matrix")]
+)
 def test_the_entropy_is_that_of_steps_that_were_taken(name, actions, train, monkeypatch):
     """The mean over tasks of the mean over their steps; what stands after an episode's end has no part in it."""
     script, entropies = importlib.import_module(name), []
@@ -91,7 +109,10 @@ def test_the_entropy_is_that_of_steps_that_were_taken(name, actions, train, monk
     def spoil_the_padding(*args, policy, **settings):
         batch = collect(*args, policy=policy, **settings)
         taken, entropy = batch["mask"] == 1, policy.distribution(batch["dist"]).entropy()
-        entropies.append(sum(x[steps].mean().item() for x, steps in zip(entropy, taken, strict=True)) / len(taken))
+        entropies.append(
+            sum(x[steps].mean().item() for x, steps in zip(entropy, taken, strict=True))
+            / len(taken)
+        )
         batch["dist"][..., -1][~taken] += 1  # a logit, or a log standard deviation
         return batch
 
@@ -99,18 +120,31 @@ def test_the_entropy_is_that_of_steps_that_were_taken(name, actions, train, monk
     env_id = f"user_tasks:{actions}-v0"  # episodes of two to eight steps
     folder, _ = train(script, env_id=env_id, total_timesteps=1)
     (logged,) = scalars(folder)["losses/entropy"].values()
-    assert logged == pytest.approx(entropies[1], rel=1e-5)  # after adaptation; further ones are the meta-test's
+    assert logged == pytest.approx(
+        entropies[1], rel=1e-5
+    )  # after adaptation; further ones are the meta-test's
 
 
 RESUMED = {"plain": {}, "a fixed set of tasks": {"num_train_tasks": 6}}
 RESUMED_OWN = {"maml_trpo": {"learned step sizes": {"learn_inner_lr": True, "num_inner_steps": 2}}}
-RESUMED_OWN["rl2"] = {"a value network": {"separate_value": True, "embedding_size": 6, "episodes_per_task": 2}}
+RESUMED_OWN["rl2"] = {
+    "a value network": {"separate_value": True, "embedding_size": 6, "episodes_per_task": 2}
+}
 PHASES = {"prior_steps": 20, "posterior_steps": 0, "extra_steps": 20, "context_next_obs": "True"}
-RESUMED_OWN["gmps"] = {"a longer phase of the expert": {"expert_timesteps": 400}, "no DAgger": {"dagger": False}}
+RESUMED_OWN["gmps"] = {
+    "a longer phase of the expert": {"expert_timesteps": 400},
+    "no DAgger": {"dagger": False},
+}
 ORACLE = {"env_id": "MultimodalNavigation2-v0", "oracle_mode": True}
-RESUMED_OWN["mmaml"] = {"two steps": {"num_inner_steps": 2}, "ProMP": {"no_modulation": True}, "Multi-ProMP": ORACLE}
+RESUMED_OWN["mmaml"] = {
+    "two steps": {"num_inner_steps": 2},
+    "ProMP": {"no_modulation": True},
+    "Multi-ProMP": ORACLE,
+}
 RESUMED_OWN["pearl"] = {"an overwritten replay": {"replay_size": 50}, "other phases": PHASES}
-RESUMED_OWN["maesn"] = {"an adapted policy": {"adapt_policy": True, "num_inner_steps": 2, "latent_dim": 3}}
+RESUMED_OWN["maesn"] = {
+    "an adapted policy": {"adapt_policy": True, "num_inner_steps": 2, "latent_dim": 3}
+}
 
 
 @pytest.mark.parametrize("case", ["plain", "a fixed set of tasks", "own"])
@@ -124,7 +158,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(script, train, case):
         logged, expected = scalars(part), scalars(whole)
         for tag, values in expected.items():
             # the first half ended with a meta-test of its own
-            assert values.items() <= logged[tag].items() and (tag.startswith("eval/") or values == logged[tag])
+            assert values.items() <= logged[tag].items() and (
+                tag.startswith("eval/") or values == logged[tag]
+            )
         del metrics["charts/SPS"], resumed_metrics["charts/SPS"]
         assert resumed_metrics == metrics
 
@@ -138,9 +174,9 @@ def test_a_crash_after_a_checkpoint_loses_nothing(script, train, monkeypatch):
     whole, _ = train(script, total_timesteps=5 * 160, checkpoint_every=2)
     log = script.Run.log
 
-    def log_and_crash(run, metrics, global_step):
-        log(run, metrics, global_step)
-        if global_step >= half["global_step"] + 1:
+    def log_and_crash(run, metrics):
+        log(run, metrics)
+        if run.global_step >= half["global_step"] + 1:
             run.writer.flush()
             raise Crash
 
@@ -175,7 +211,9 @@ def test_signals(script, train, tmp_path, number):
     """SIGTERM ends the iteration and saves; after SIGKILL the last checkpoint is good. Both runs can go on."""
     argv = tiny(script, total_timesteps=LONG, checkpoint_every=3, exp_name="stopped")
     command = [sys.executable, script.__file__, *argv]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
+    )
     try:
         while not (found := list(tmp_path.glob("runs/*__stopped__*/checkpoint.pt"))):
             assert process.poll() is None
@@ -213,7 +251,9 @@ def test_a_second_signal_aborts(script, train, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_a_run_that_fails_does_not_say_that_it_goes_on_from_here(script, train, monkeypatch, capsys):
+def test_a_run_that_fails_does_not_say_that_it_goes_on_from_here(
+    script, train, monkeypatch, capsys
+):
     def interrupt_and_crash(run, *args):
         signal.raise_signal(signal.SIGTERM)
         raise Crash
@@ -266,23 +306,38 @@ pathlib.Path("metrics_" + str(script.ranks()[0]) + ".json").write_text(json.dump
 def torchrun(script, n, tmp_path, more="", **flags):
     """A tiny run of n ranks in double precision, and its one folder."""
     (tmp_path / "rank.py").write_text(RANK.format(name=script.__name__, more=more))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}", "rank.py"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={n}",
+        "rank.py",
+    ]
     command = launcher + tiny(script, exp_name="ranks", **flags)
-    result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
+    )
     (folder,) = (tmp_path / "runs").glob("*__ranks__*")
     return result, folder
 
 
 # in the meta-test of Uneven the fourth task alone reports success, and one rank alone meets it
-@pytest.mark.parametrize("n, env_id, success", [(2, "user_tasks:Uneven-v0", 1 / 5), (4, "user_tasks:Matrix-v0", 1)])
+@pytest.mark.parametrize(
+    "n, env_id, success", [(2, "user_tasks:Uneven-v0", 1 / 5), (4, "user_tasks:Matrix-v0", 1)]
+)
 @pytest.mark.parametrize("name", EQUAL_RANKS)
 def test_ranks_equal_one_process(name, n, env_id, success, train, tmp_path, double_precision):
     """On episodes that end early, each at its own step, so that the ranks' batches differ in length."""
     script = importlib.import_module(name)
     flags = {"env_id": env_id, "total_timesteps": 1, "eval_every": 1}
-    flags["total_timesteps"] = 3 * state(train(script, **flags)[0])["global_step"] + 1  # three iterations or more
+    flags["total_timesteps"] = (
+        3 * state(train(script, **flags)[0])["global_step"] + 1
+    )  # three iterations or more
     one, metrics = train(script, **flags)
-    assert state(one)["iteration"] >= 3 and metrics["eval/success_after_0_episodes"] == pytest.approx(success)
+    assert state(one)["iteration"] >= 3 and metrics[
+        "eval/success_after_0_episodes"
+    ] == pytest.approx(success)
     result, folder = torchrun(script, n, tmp_path, **flags)
     assert result.returncode == 0, result.stderr
     assert same(state(folder), state(one), tolerance=1e-8)
@@ -321,7 +376,9 @@ def test_a_rank_that_dies_ends_the_others(name, cause, train, tmp_path, double_p
     more = DEATH.format(rank=rank, death=death)
     result, folder = torchrun(script, 2, tmp_path, more, total_timesteps=LONG, **flags)
     assert (tmp_path / "died").exists(), result.stderr
-    assert time.time() - (tmp_path / "died").stat().st_mtime < 25  # after 30 s torchrun kills those that hang
+    assert (
+        time.time() - (tmp_path / "died").stat().st_mtime < 25
+    )  # after 30 s torchrun kills those that hang
     assert result.returncode != 0 and "goes on from here" not in result.stdout
     assert "[rank" not in result.stderr and "terminate called" not in result.stderr, result.stderr
     expected = ["error: lost another rank; --resume goes on from the last checkpoint"]
@@ -342,7 +399,9 @@ def test_a_rank_that_dies_ends_the_others(name, cause, train, tmp_path, double_p
 def test_ranks_that_do_not_divide_the_meta_batch(script, train, tmp_path, monkeypatch):
     for name, value in (TORCHRUN | {"RANK": "1", "WORLD_SIZE": "3"}).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit, match=r"^error: --meta-batch-size \d: not divisible by the 3 ranks$"):
+    with pytest.raises(
+        SystemExit, match=r"^error: --meta-batch-size \d: not divisible by the 3 ranks$"
+    ):
         train(script)
     assert not (tmp_path / "runs").exists()
 
@@ -383,7 +442,9 @@ def test_each_rank_takes_its_own_gpu_before_it_joins_the_others(script, monkeypa
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(torch.device(device)))
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: calls.append(backend))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend: calls.append(backend)
+    )
     monkeypatch.setattr(script.atexit, "register", lambda function: None)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
     script.setup(script.Args(cuda=True, num_threads=1, meta_batch_size=2))
@@ -393,7 +454,12 @@ def test_each_rank_takes_its_own_gpu_before_it_joins_the_others(script, monkeypa
 def test_keys_of_draws_do_not_alias(script):
     """A key and the same key with a 0 after it are two streams, as are two purposes."""
     keys = [(), (0,), (0, 0), (1,), (1, 0), (1, 0, 0), (0, 1)]
-    draws = {script.keyed_rng(seed, purpose, *key).random() for seed in (0, 1) for purpose in "ab" for key in keys}
+    draws = {
+        script.keyed_rng(seed, purpose, *key).random()
+        for seed in (0, 1)
+        for purpose in "ab"
+        for key in keys
+    }
     assert len(draws) == 4 * len(keys)
 
 
@@ -401,7 +467,9 @@ def test_what_is_logged_is_flushed_before_the_checkpoint_is_replaced(script, tra
     """Killed between the two, a run must not lose the points of its last iteration."""
     calls, replace, flush = [], os.replace, SummaryWriter.flush
     monkeypatch.setattr(os, "replace", lambda *names: calls.append("replace") or replace(*names))
-    monkeypatch.setattr(SummaryWriter, "flush", lambda writer: calls.append("flush") or flush(writer))
+    monkeypatch.setattr(
+        SummaryWriter, "flush", lambda writer: calls.append("flush") or flush(writer)
+    )
     train(script, checkpoint_every=1)
     assert calls.count("replace") >= 2
     assert all(calls[i - 1] == "flush" for i, call in enumerate(calls) if call == "replace")
@@ -418,7 +486,9 @@ def test_intervals_are_students(script, nu):
     mean, half, different = script.over_tasks(score, tasks)
     assert different == nu + 1
     np.testing.assert_allclose(mean, score.mean(1))
-    np.testing.assert_allclose(half, STUDENT[nu] * score.std(1, ddof=1) / (nu + 1) ** 0.5, rtol=2e-3)
+    np.testing.assert_allclose(
+        half, STUDENT[nu] * score.std(1, ddof=1) / (nu + 1) ** 0.5, rtol=2e-3
+    )
 
 
 def test_copies_of_a_task_count_once(script, capsys):
@@ -430,9 +500,15 @@ def test_copies_of_a_task_count_once(script, capsys):
     np.testing.assert_allclose((mean, half), once[:2])
     assert different == once[2] == 6
     for n in (1, 2, 3):
-        metrics = script.report({"return": score[:, :n], "extra": score[0, :n]}, tasks[:n], 10, printed=True)
+        metrics = script.report(
+            {"return": score[:, :n], "extra": score[0, :n]}, tasks[:n], 10, printed=True
+        )
         table = capsys.readouterr().out
-        assert "±" not in table and "interval" not in table and f"return on {n} held-out tasks, mean:" in table
+        assert (
+            "±" not in table
+            and "interval" not in table
+            and f"return on {n} held-out tasks, mean:" in table
+        )
         assert metrics["eval/return_after_10_episodes"] == pytest.approx(score[1, :n].mean())
         assert metrics["eval/extra"] == pytest.approx(score[0, :n].mean())
     script.report({"return": score}, np.tile(tasks[:2], (6, 1)), 10, printed=True)
