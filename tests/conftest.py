@@ -39,7 +39,7 @@ OWN["pearl"] |= {"anneal": "False"}  # a longer run would have other step sizes 
 OWN["pearl"] |= {"exploration_episodes": 1}  # the presets of other families have more than one update
 # gmps: 80 steps of the SAC expert and 80 of demonstrations, then rounds of 80 and DAgger's 80
 OWN["gmps"] = {"hidden_size": 8, "num_train_tasks": 4, "expert_timesteps": 80, "expert_episodes": 2}
-OWN["gmps"] |= {"expert_gradient_steps": 2, "expert_round_steps": 2, "gradient_steps": 2, "checkpoint_every": 10}
+OWN["gmps"] |= {"expert_gradient_steps": 2, "gradient_steps": 2, "checkpoint_every": 10}
 OWN["maesn"] = {
     "hidden_size": 8,
     "num_train_tasks": 6,
