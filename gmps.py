@@ -550,10 +550,13 @@ def main(args: Args) -> dict[str, float]:
                 global_step += int(all_reduce(batch["mask"].sum()))
                 metrics["expert/demonstration_return"] = task_mean(episode_scores(batch)["return"])
 
-            # (3) a batch of episodes, in one of each num_tasks / n neighbouring tasks, in turn
+            # (3) a batch of episodes in one of each num_tasks / n neighbouring tasks, in turn. Where a pass over
+            # them begins is drawn: families deal their modes in turn, too, and a round is to hold them all
             if demonstrated:
                 firsts = np.arange(n + 1) * num_tasks // n
-                picked = (firsts[:-1] + iteration % np.diff(firsts))[shard(n)]
+                draw = keyed_rng(args.seed, "tasks", iteration * n // num_tasks)
+                begin = draw.integers(firsts[:-1], firsts[1:])
+                picked = (firsts[:-1] + (begin + iteration) % np.diff(firsts))[shard(n)]
                 tasks, picked = train_tasks[picked], torch.as_tensor(picked - own.start, device=device)
                 params = {name: p.detach().expand(len(tasks), *p.shape) for name, p in theta.items()}
                 batch, collected = collect_train(params, tasks, rng(2), envs), time.perf_counter()

@@ -508,7 +508,7 @@ def test_steps_and_data_of_a_run(train, monkeypatch):
     # demonstrations 6 x 2 x 10; three rounds of 3 x 2 x 10 and as many for DAgger
     assert state["global_step"] == 120 + 3 * 120 and state["iteration"] == 4
     assert state["data"]["count"].sum() == 120 + 3 * 60
-    assert state["data"]["count"].tolist() == [20 + k * 20 for k in (2, 1, 2, 1, 2, 1)]  # the two of a group in turn
+    assert state["data"]["count"].view(3, 2).sort().values.tolist() == 3 * [[20 + 20, 20 + 40]]  # two tasks in turn
     adapted = collected[1::2][:3]
     for (theta, tasks, before, _), (phi, same, visited, _) in zip(collected[:6:2], collected[1:6:2], strict=True):
         assert np.array_equal(tasks, same) and not torch.equal(before["obs"], visited["obs"])
@@ -547,6 +547,43 @@ def test_the_steps_of_the_sac_expert(train):
     obs, labels = state["data"]["rows"].split(2, -1)
     with torch.no_grad():
         torch.testing.assert_close(labels, agent.mean_action(obs, tasks.repeat_interleave(20 + 5 * 20, 0)))
+
+
+@pytest.fixture
+def rounds(train, monkeypatch):
+    """rounds(num_rounds, **flags): the tasks of each round of a run without DAgger."""
+
+    def play(num_rounds, num_train_tasks, **flags):
+        played, collect = [], module.collect
+
+        def recorded(params, tasks, *args, **kwargs):
+            played.append(tasks)
+            return collect(params, tasks, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "collect", recorded)
+            short = {"horizon": 2, "episodes_per_task": 1, "expert_episodes": 1, "expert_timesteps": 1, "dagger": False}
+            short |= {"num_train_tasks": num_train_tasks, "eval_every": 100, "num_eval_steps": 0} | flags
+            steps = 2 * (2 * num_train_tasks + num_rounds * short["meta_batch_size"])
+            train(module, **short, total_timesteps=steps, num_test_tasks=1)
+        return played[:num_rounds]
+
+    return play
+
+
+@pytest.mark.parametrize("env_id", ["MultimodalNavigation2-v0", "HalfCheetahDir-v0"])
+def test_a_round_holds_both_modes_of_a_family_that_deals_them_in_turn(rounds, env_id):
+    """Otherwise rounds would alternate between the modes, and each would undo the other's."""
+    played = rounds(6, 20, meta_batch_size=10, env_id=env_id)
+    assert len(played) == 6 and all(len(np.unique(tasks[:, -1])) == 2 for tasks in played)
+
+
+def test_tasks_come_up_equally_often_and_meet_different_ones(rounds):
+    """Each of twelve comes up once in four rounds of three, and rounds differ from those of the pass before."""
+    played = rounds(14, 12, meta_batch_size=3)[2:]  # the first two end a pass: the expert took its other iterations
+    tasks = np.stack(played)[..., 0]  # one coordinate of the goal tells them apart
+    assert all(len(np.unique(one)) == 12 for one in tasks.reshape(3, 4 * 3))
+    assert len(np.unique(np.sort(tasks, axis=1), axis=0)) > 4
 
 
 def test_what_trains_is_the_dense_reward_of_the_expert_and_train_reward_of_the_rest(train, monkeypatch):
