@@ -264,6 +264,8 @@ class Expert(nn.Module):
             noise = torch.randn(2, self.num_tasks, batch_size, self.action_size, generator=generator, device=ids.device)
             total += self.step(batch, task, noise[:, shard(self.num_tasks)])
         means = (all_reduce(total) / num_steps / ranks()[1]).tolist()
+        if not all(map(math.isfinite, means)):
+            fail("the expert's loss is not finite: try a smaller --expert-learning-rate or reward")
         return dict(zip(("expert/qf_loss", "expert/actor_loss", "expert/entropy"), means, strict=True))
 
     def state(self) -> dict:
@@ -310,6 +312,8 @@ def load_demos(path: str, obs_size: int, action_size: int, task_shape: tuple) ->
     """
     names = "observations", "actions", "task_index", "tasks"
     try:
+        if not Path(path).is_file():
+            raise FileNotFoundError  # a FIFO could keep us waiting for ever
         with np.load(path) as file:
             obs, actions, index, tasks = arrays = [file[name] for name in names]
     except Exception as error:  # a file of another kind raises almost anything
@@ -326,7 +330,7 @@ def load_demos(path: str, obs_size: int, action_size: int, task_shape: tuple) ->
     if not np.array_equal(np.unique(index), np.arange(len(tasks))):
         fail(f"--demos {path}: task_index must name every row of tasks, 0 to {len(tasks) - 1}, and no other")
     count = np.bincount(index.astype(int))
-    mask = np.arange(count.max()) < count[:, None]
+    mask = np.arange(count.max(initial=0)) < count[:, None]
     rows = np.zeros((*mask.shape, obs_size + action_size))
     rows[mask] = np.hstack([obs, actions])[np.argsort(index, kind="stable")]
     return tasks, rows, mask
@@ -473,6 +477,10 @@ def main(args: Args) -> dict[str, float]:
         at_once = mask.shape[1]
         if len(train_tasks) != num_tasks:
             fail(f"--num-train-tasks {num_tasks}: {args.demos} has demonstrations of {len(train_tasks)} tasks")
+    steps = num_tasks * args.expert_episodes * horizon  # at most, of one batch of the expert's episodes
+    least = {"sac": args.expert_timesteps + 2 * steps, "scripted": steps + 1, "demos": 1}[args.expert]
+    if args.total_timesteps < least:
+        fail(f"--total-timesteps {args.total_timesteps}: the expert can use them up, give {least} or more")
     if args.dataset_size < at_once:
         fail(f"--dataset-size {args.dataset_size}: less than the {at_once} states of a task that are added at once")
 

@@ -48,7 +48,8 @@ OWN["maesn"] = {
     "test_reward": "dense",
 }
 OWN["mmaml"] = {"hidden_size": 8, "encoder_size": 8, "num_inner_steps": 1}
-LEAST = dict.fromkeys(SCRIPTS, 1) | {"pearl": 161}  # total_timesteps: above its initial collection
+# total_timesteps: above the initial collection, or the expert and its demonstrations
+LEAST = dict.fromkeys(SCRIPTS, 1) | {"pearl": 161, "gmps": 161}
 
 
 def to_argv(flags):

@@ -2,6 +2,9 @@
 
 import copy
 import math
+import os
+import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -21,7 +24,7 @@ class Sign(gym.Env):
     """A task is +1 or -1, a step's reward the task times the action. Episodes have three to five steps."""
 
     observation_space, action_space = gym.spaces.Box(-1, 1, (2,), np.float64), gym.spaces.Box(-1, 1, (1,), np.float64)
-    expert = staticmethod(lambda obs, task: task)
+    expert, scale = staticmethod(lambda obs, task: task), 1.0
 
     def sample_tasks(self, n):
         return np.resize([1.0, -1.0], (n, 1))
@@ -36,7 +39,7 @@ class Sign(gym.Env):
 
     def step(self, action):
         self.steps += 1
-        return np.ones(2), float(self.task * action[0]), self.steps == self.length, False, {}
+        return np.ones(2), float(self.scale * self.task * action[0]), self.steps == self.length, False, {}
 
     def expert_action(self, obs, task):
         assert obs.shape == (2,) and (obs == 1).all() and task.shape == (1,)  # never a padded row
@@ -392,6 +395,9 @@ def test_labels_are_clipped_and_of_each_tasks_own_expert():
 # ---------------------------------------------------------------------------------------------demonstrations in a file
 
 
+ARRAYS = "observations", "actions", "tasks"  # of two columns each
+
+
 def demos_file(path, **changes):
     rng = np.random.default_rng(0)
     index = np.array([2, 0, 1, 3, 0, 0, 1])
@@ -445,6 +451,10 @@ def test_demonstrations_from_a_file(train, tmp_path):
         ({"tasks": np.zeros((3, 2)), "task_index": np.arange(7) % 3}, "--num-train-tasks 4: demos.npz has demonst"),
         ({name: np.zeros((0, 2)) for name in ("observations", "actions")} | {"task_index": np.zeros(0)}, "must name"),
         ({"observations": np.zeros(()), "tasks": np.zeros(())}, "is float64 ()"),
+        (
+            {name: np.zeros((0, 2)) for name in ARRAYS} | {"task_index": np.zeros(0)},
+            "--num-train-tasks 4: demos.npz has demonstrations of 0 tasks",
+        ),
     ],
 )
 def test_faults_of_a_file(train, tmp_path, changes, part):
@@ -458,9 +468,14 @@ def test_faults_of_a_file(train, tmp_path, changes, part):
 def test_files_that_are_none(train, tmp_path):
     (tmp_path / "text").write_text("observations")
     np.save(tmp_path / "array.npy", np.zeros(3))
-    for path in ("text", "array.npy", "none.npz", "."):
+    np.savez(tmp_path / "empty.npz")
+    os.mkfifo(tmp_path / "fifo")
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits for somebody to write to the FIFO"))
+    signal.alarm(20)
+    for path in ("text", "array.npy", "empty.npz", "fifo", "none.npz", "."):
         with pytest.raises(SystemExit, match=r"^error: --demos .*no .npz file with the arrays"):
             train(module, expert="demos", demos=path)
+    signal.alarm(0)
 
 
 @pytest.mark.parametrize(
@@ -474,6 +489,9 @@ def test_files_that_are_none(train, tmp_path):
         ({"demos": "demos.npz"}, "--expert demos and --demos FILE go together"),
         ({"env_id": "HalfCheetahDir-v0", "expert": "scripted"}, "has no method expert_action"),
         ({"dataset_size": 19}, "--dataset-size 19: less than the 20 states"),
+        ({"total_timesteps": 239}, "can use them up, give 240 or more"),
+        ({"total_timesteps": 239, "env_id": "user_tasks:Uneven-v0"}, "can use them up, give 240 or more"),
+        ({"total_timesteps": 80, "expert": "scripted"}, "can use them up, give 81 or more"),
     ],
 )
 def test_bad_input(train, tmp_path, flags, part):
@@ -547,6 +565,55 @@ def test_the_steps_of_the_sac_expert(train):
     obs, labels = state["data"]["rows"].split(2, -1)
     with torch.no_grad():
         torch.testing.assert_close(labels, agent.mean_action(obs, tasks.repeat_interleave(20 + 5 * 20, 0)))
+
+
+def test_a_run_stopped_while_its_expert_learns_goes_on(train, monkeypatch):
+    """As the uninterrupted one does: the expert, its replay and its optimizers are saved."""
+    flags = {"expert_timesteps": 400, "total_timesteps": 800}
+    whole, _ = train(module, **flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Run, "stopping", lambda run: run.bar.n >= 160)  # as after a signal
+        part, _ = train(module, **flags)
+    assert load(part)["global_step"] == 160 and load(part)["sac"]["replay"]["count"].tolist() == [40] * 4
+    train(module, resume=part)
+    expected, state = load(whole), load(part)
+    assert state["global_step"] == expected["global_step"]
+    for name in ("meta", "units"):
+        assert all(torch.equal(x, expected[name][key]) for key, x in state[name].items())
+    assert all(torch.equal(x, expected["sac"]["networks"][key]) for key, x in state["sac"]["networks"].items())
+
+
+def test_a_diverging_expert_is_named_and_spares_the_checkpoint(train, monkeypatch):
+    """The last one that was good is kept, and no environment is blamed for the actions of a network that is not."""
+    learn, calls = module.Expert.learn, []
+
+    def diverge(agent, *args):
+        calls.append(args)
+        for optimizer in agent.optimizers.values():
+            optimizer.param_groups[0]["lr"] *= 1e30 if len(calls) == 2 else 1
+        return learn(agent, *args)
+
+    monkeypatch.setattr(module.Expert, "learn", diverge)
+    with pytest.raises(SystemExit, match=r"^error: the expert's loss is not finite: try a smaller --expert-l"):
+        train(module, exp_name="sac", expert_timesteps=240, checkpoint_every=1, total_timesteps=800)
+    (path,) = Path("runs").glob("*__sac__*")
+    state = load(path)
+    assert state["iteration"] == 1 and all(x.isfinite().all() for x in state["sac"]["networks"].values())
+
+
+def test_a_diverging_imitation_is_named_and_spares_the_checkpoint(train):
+    with pytest.raises(SystemExit, match=r"^error: the imitation loss is not finite: try a smaller --inner-lr or"):
+        train(module, exp_name="imitation", learning_rate=1e30, gradient_steps=10, checkpoint_every=1)
+    (path,) = Path("runs").glob("*__imitation__*")
+    state = load(path)
+    assert state["iteration"] == 1 and all(x.isfinite().all() for x in state["meta"].values())
+
+
+def test_an_experts_reward_that_is_too_large_is_named(train, monkeypatch):
+    """Its square is infinite in single precision."""
+    monkeypatch.setattr(Sign, "scale", 1e25)
+    with pytest.raises(SystemExit, match=r"^error: the expert's loss is not finite: .* or reward$"):
+        train(module, env_id="ExpertSign-v0")
 
 
 @pytest.fixture
