@@ -119,7 +119,7 @@ class Args:
     inner_lr: float = 0.1
     """α, step size of the adaptation"""
     inner_loss: Literal["lvc", "logli", "lvc-std"] = "lvc"
-    """lvc: likelihood ratio; logli: log-likelihood (the paper's); lvc-std: lvc, std(A) no constant"""
+    """lvc: likelihood ratio; logli: log-likelihood (the paper's); lvc-std: lvc, std(A) varying"""
     first_order: bool = False
     """drop the second derivatives: treat the inner gradient as a constant"""
     learn_inner_lr: bool = False
