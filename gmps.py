@@ -125,8 +125,6 @@ class Args:
     """standard deviation of the noise on the demonstrating expert's actions, of [-1, 1]; labels have none"""
     expert_gradient_steps: int = 400
     """gradient steps of the SAC expert per iteration"""
-    expert_round_steps: int = 0
-    """gradient steps of the SAC expert in every round, on DAgger's episodes too, before it labels them"""
     expert_batch_size: int = 16
     """transitions per training task in a gradient step of the SAC expert"""
     expert_gamma: float = 0.9
@@ -208,7 +206,7 @@ class Expert(nn.Module):
     tasks: (all of them, task size), of which this rank owns M; its replay keeps their transitions, as rows of COLUMNS.
     """
 
-    COLUMNS: ClassVar = ("obs", "actions", "dense_reward", "next_obs", "terminated")
+    COLUMNS: ClassVar = ("obs", "actions", "rewards", "next_obs", "terminated")
 
     def __init__(self, tasks, obs_size, action_size, capacity, args):
         super().__init__()
@@ -259,14 +257,15 @@ class Expert(nn.Module):
 
     def learn(self, num_steps, batch_size, generator) -> dict[str, float]:
         """num_steps gradient steps, each on batch_size transitions of every task; returns means of what they say."""
-        device, total = self.tasks.device, 0
-        ids, task = torch.arange(len(self.tasks), device=device), self.tasks.unsqueeze(1)
-        task = task.expand(-1, batch_size, *self.tasks.shape[1:])
+        ids, total = torch.arange(len(self.tasks), device=self.tasks.device), 0
+        task = self.tasks.unsqueeze(1).expand(-1, batch_size, *self.tasks.shape[1:])
         for _ in range(num_steps):
             batch = self.replay.sample(ids, batch_size, generator).split(self.widths, -1)
-            noise = torch.randn(2, self.num_tasks, batch_size, self.action_size, generator=generator, device=device)
+            noise = torch.randn(2, self.num_tasks, batch_size, self.action_size, generator=generator, device=ids.device)
             total += self.step(batch, task, noise[:, shard(self.num_tasks)])
         means = (all_reduce(total) / num_steps / ranks()[1]).tolist()
+        if not all(map(math.isfinite, means)):
+            fail("the expert's loss is not finite: try a smaller --expert-learning-rate or reward")
         return dict(zip(("expert/qf_loss", "expert/actor_loss", "expert/entropy"), means, strict=True))
 
     def state(self) -> dict:
@@ -313,6 +312,8 @@ def load_demos(path: str, obs_size: int, action_size: int, task_shape: tuple) ->
     """
     names = "observations", "actions", "task_index", "tasks"
     try:
+        if not Path(path).is_file():
+            raise FileNotFoundError  # a FIFO could keep us waiting for ever
         with np.load(path) as file:
             obs, actions, index, tasks = arrays = [file[name] for name in names]
     except Exception as error:  # a file of another kind raises almost anything
@@ -329,7 +330,7 @@ def load_demos(path: str, obs_size: int, action_size: int, task_shape: tuple) ->
     if not np.array_equal(np.unique(index), np.arange(len(tasks))):
         fail(f"--demos {path}: task_index must name every row of tasks, 0 to {len(tasks) - 1}, and no other")
     count = np.bincount(index.astype(int))
-    mask = np.arange(count.max()) < count[:, None]
+    mask = np.arange(count.max(initial=0)) < count[:, None]
     rows = np.zeros((*mask.shape, obs_size + action_size))
     rows[mask] = np.hstack([obs, actions])[np.argsort(index, kind="stable")]
     return tasks, rows, mask
@@ -344,7 +345,6 @@ def episodes(choose, tasks, rng, envs, horizon, device) -> dict[str, torch.Tenso
     noise = torch.as_tensor(noise, dtype=torch.get_default_dtype(), device=device)
     lanes = np.repeat(tasks, envs.num_envs // len(tasks), axis=0)
     batch = torch.no_grad()(rollout)(envs, lambda obs, t: choose(obs, noise[:, t]), lanes, horizon, rng, device)
-    batch["dense_reward"] = batch["rewards"]  # a SAC expert's, whatever adaptation sees
     return {name: x.unflatten(0, (len(tasks), -1)) for name, x in batch.items()}
 
 
@@ -368,7 +368,7 @@ def collect(params, tasks, rng, envs, policy, horizon, gamma, gae_lambda, reward
         return mean if deterministic else mean + log_std.exp() * noise
 
     batch = episodes(choose, tasks, rng, envs, horizon, params["bias"].device)
-    batch["rewards"] = batch[f"{reward}_reward"]
+    batch["rewards"] = batch["sparse_reward" if reward == "sparse" else "rewards"]
     with torch.no_grad():
         batch["advantages"] = standardised_advantages(batch, gamma, gae_lambda)
         batch["logprobs"] = log_density(distributions(batch["obs"]), batch["actions"])
@@ -477,6 +477,10 @@ def main(args: Args) -> dict[str, float]:
         at_once = mask.shape[1]
         if len(train_tasks) != num_tasks:
             fail(f"--num-train-tasks {num_tasks}: {args.demos} has demonstrations of {len(train_tasks)} tasks")
+    steps = num_tasks * args.expert_episodes * horizon  # at most, of one batch of the expert's episodes
+    least = {"sac": args.expert_timesteps + 2 * steps, "scripted": steps + 1, "demos": 1}[args.expert]
+    if args.total_timesteps < least:
+        fail(f"--total-timesteps {args.total_timesteps}: the expert can use them up, give {least} or more")
     if args.dataset_size < at_once:
         fail(f"--dataset-size {args.dataset_size}: less than the {at_once} states of a task that are added at once")
 
@@ -506,7 +510,7 @@ def main(args: Args) -> dict[str, float]:
     ids, own_tasks = torch.arange(own.stop - own.start, device=device), tensor(train_tasks)[own]
     data = Replay(len(ids), args.dataset_size, obs_size + action_size, device)
     if args.expert == "sac":
-        capacity = math.ceil(args.expert_timesteps / num_tasks) + at_once + args.dataset_size
+        capacity = math.ceil(args.expert_timesteps / num_tasks) + at_once
         sac = Expert(tensor(train_tasks), obs_size, action_size, capacity, args)
     if args.expert != "demos":
         act = sac.mean_action if args.expert == "sac" else scripted_expert(envs)
@@ -549,38 +553,34 @@ def main(args: Args) -> dict[str, float]:
                 batch["labels"], collected = label(batch, own_tasks, act), time.perf_counter()
                 add_rows(data, ids, batch, ["obs", "labels"])
                 policy.measure(data.rows[data.filled(), :obs_size])
-                if args.expert == "sac" and not args.expert_round_steps:
+                if args.expert == "sac":
                     sac.replay.count.zero_()  # no longer needed, nor saved
                 global_step += int(all_reduce(batch["mask"].sum()))
                 metrics["expert/demonstration_return"] = task_mean(episode_scores(batch)["return"])
 
-            # (3) a batch of episodes, in one of each num_tasks / n neighbouring tasks, in turn
+            # (3) a batch of episodes in one of each num_tasks / n neighbouring tasks, in turn. Where a pass over
+            # them begins is drawn: families deal their modes in turn, too, and a round is to hold them all
             if demonstrated:
                 firsts = np.arange(n + 1) * num_tasks // n
-                picked = (firsts[:-1] + iteration % np.diff(firsts))[shard(n)]
+                draw = keyed_rng(args.seed, "tasks", iteration * n // num_tasks)
+                begin = draw.integers(firsts[:-1], firsts[1:])
+                picked = (firsts[:-1] + (begin + iteration) % np.diff(firsts))[shard(n)]
                 tasks, picked = train_tasks[picked], torch.as_tensor(picked - own.start, device=device)
                 params = {name: p.detach().expand(len(tasks), *p.shape) for name, p in theta.items()}
                 batch, collected = collect_train(params, tasks, rng(2), envs), time.perf_counter()
                 global_step += int(all_reduce(batch["mask"].sum()))
                 metrics["charts/pre_adaptation_return"] = task_mean(episode_scores(batch)["return"])
+                if args.dagger and args.expert != "demos":  # (4) DAgger
+                    params, _ = torch.no_grad()(vmap(partial(inner_step, theta, lr, **inner)))(batch)
+                    visited, collected = collect_train(params, tasks, rng(3), dagger_envs), time.perf_counter()
+                    visited["labels"] = label(visited, tensor(tasks), act)
+                    add_rows(data, picked, visited, ["obs", "labels"])
+                    global_step += int(all_reduce(visited["mask"].sum()))
+                    metrics["charts/episodic_return"] = task_mean(episode_scores(visited)["return"])
+                    metrics["charts/episodic_length"] = task_mean(visited["mask"].sum(-1))
 
-            # (4) DAgger; a SAC expert can learn from what it is to label
-            if demonstrated and args.dagger and args.expert != "demos":
-                params, _ = torch.no_grad()(vmap(partial(inner_step, theta, lr, **inner)))(batch)
-                visited, collected = collect_train(params, tasks, rng(3), dagger_envs), time.perf_counter()
-                if args.expert == "sac" and args.expert_round_steps:
-                    add_rows(sac.replay, picked, visited | {"actions": visited["actions"].clamp(-1, 1)}, sac.COLUMNS)
-                    metrics |= sac.learn(args.expert_round_steps, args.expert_batch_size, generator)
-                visited["labels"] = label(visited, tensor(tasks), act)
-                add_rows(data, picked, visited, ["obs", "labels"])
-                global_step += int(all_reduce(visited["mask"].sum()))
-                metrics["charts/episodic_return"] = task_mean(episode_scores(visited)["return"])
-                metrics["charts/episodic_length"] = task_mean(visited["mask"].sum(-1))
-
-            # (5), (6) many steps on this one batch
-            if demonstrated:
                 loss, weight = 0, torch.zeros(len(tasks), device=device)
-                for _ in range(args.gradient_steps):
+                for _ in range(args.gradient_steps):  # (5), (6) many steps on this one batch
                     obs, labels = data.sample(picked, args.batch_size, generator).split([obs_size, action_size], -1)
                     imitation, weights = imitation_loss(theta, lr, batch, obs, labels, **inner)
                     apply_gradient(optimizer, imitation)

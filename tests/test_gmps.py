@@ -2,6 +2,9 @@
 
 import copy
 import math
+import os
+import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -21,7 +24,7 @@ class Sign(gym.Env):
     """A task is +1 or -1, a step's reward the task times the action. Episodes have three to five steps."""
 
     observation_space, action_space = gym.spaces.Box(-1, 1, (2,), np.float64), gym.spaces.Box(-1, 1, (1,), np.float64)
-    expert = staticmethod(lambda obs, task: task)
+    expert, scale = staticmethod(lambda obs, task: task), 1.0
 
     def sample_tasks(self, n):
         return np.resize([1.0, -1.0], (n, 1))
@@ -36,7 +39,7 @@ class Sign(gym.Env):
 
     def step(self, action):
         self.steps += 1
-        return np.ones(2), float(self.task * action[0]), self.steps == self.length, False, {}
+        return np.ones(2), float(self.scale * self.task * action[0]), self.steps == self.length, False, {}
 
     def expert_action(self, obs, task):
         assert obs.shape == (2,) and (obs == 1).all() and task.shape == (1,)  # never a padded row
@@ -392,6 +395,9 @@ def test_labels_are_clipped_and_of_each_tasks_own_expert():
 # ---------------------------------------------------------------------------------------------demonstrations in a file
 
 
+ARRAYS = "observations", "actions", "tasks"  # of two columns each
+
+
 def demos_file(path, **changes):
     rng = np.random.default_rng(0)
     index = np.array([2, 0, 1, 3, 0, 0, 1])
@@ -445,6 +451,10 @@ def test_demonstrations_from_a_file(train, tmp_path):
         ({"tasks": np.zeros((3, 2)), "task_index": np.arange(7) % 3}, "--num-train-tasks 4: demos.npz has demonst"),
         ({name: np.zeros((0, 2)) for name in ("observations", "actions")} | {"task_index": np.zeros(0)}, "must name"),
         ({"observations": np.zeros(()), "tasks": np.zeros(())}, "is float64 ()"),
+        (
+            {name: np.zeros((0, 2)) for name in ARRAYS} | {"task_index": np.zeros(0)},
+            "--num-train-tasks 4: demos.npz has demonstrations of 0 tasks",
+        ),
     ],
 )
 def test_faults_of_a_file(train, tmp_path, changes, part):
@@ -458,9 +468,14 @@ def test_faults_of_a_file(train, tmp_path, changes, part):
 def test_files_that_are_none(train, tmp_path):
     (tmp_path / "text").write_text("observations")
     np.save(tmp_path / "array.npy", np.zeros(3))
-    for path in ("text", "array.npy", "none.npz", "."):
+    np.savez(tmp_path / "empty.npz")
+    os.mkfifo(tmp_path / "fifo")
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("waits for somebody to write to the FIFO"))
+    signal.alarm(20)
+    for path in ("text", "array.npy", "empty.npz", "fifo", "none.npz", "."):
         with pytest.raises(SystemExit, match=r"^error: --demos .*no .npz file with the arrays"):
             train(module, expert="demos", demos=path)
+    signal.alarm(0)
 
 
 @pytest.mark.parametrize(
@@ -474,6 +489,9 @@ def test_files_that_are_none(train, tmp_path):
         ({"demos": "demos.npz"}, "--expert demos and --demos FILE go together"),
         ({"env_id": "HalfCheetahDir-v0", "expert": "scripted"}, "has no method expert_action"),
         ({"dataset_size": 19}, "--dataset-size 19: less than the 20 states"),
+        ({"total_timesteps": 239}, "can use them up, give 240 or more"),
+        ({"total_timesteps": 239, "env_id": "user_tasks:Uneven-v0"}, "can use them up, give 240 or more"),
+        ({"total_timesteps": 80, "expert": "scripted"}, "can use them up, give 81 or more"),
     ],
 )
 def test_bad_input(train, tmp_path, flags, part):
@@ -508,7 +526,7 @@ def test_steps_and_data_of_a_run(train, monkeypatch):
     # demonstrations 6 x 2 x 10; three rounds of 3 x 2 x 10 and as many for DAgger
     assert state["global_step"] == 120 + 3 * 120 and state["iteration"] == 4
     assert state["data"]["count"].sum() == 120 + 3 * 60
-    assert state["data"]["count"].tolist() == [20 + k * 20 for k in (2, 1, 2, 1, 2, 1)]  # the two of a group in turn
+    assert state["data"]["count"].view(3, 2).sort().values.tolist() == 3 * [[20 + 20, 20 + 40]]  # two tasks in turn
     adapted = collected[1::2][:3]
     for (theta, tasks, before, _), (phi, same, visited, _) in zip(collected[:6:2], collected[1:6:2], strict=True):
         assert np.array_equal(tasks, same) and not torch.equal(before["obs"], visited["obs"])
@@ -526,46 +544,113 @@ def test_steps_and_data_of_a_run(train, monkeypatch):
     assert metrics["charts/episodic_return"] == pytest.approx(last[2]["rewards"].sum(-1).mean().item())
 
 
-@pytest.mark.parametrize("round_steps", [0, 2])
-def test_the_steps_of_the_sac_expert(train, round_steps):
-    """Four tasks x 2 episodes x 10 steps an iteration until the budget is used, and then the demonstrations."""
+def test_the_steps_of_the_sac_expert(train):
+    """Four tasks x 2 episodes x 10 steps an iteration until the budget is used, then the demonstrations, then rounds.
+    All labels are those of the expert that this leads to.
+    """
     step_sizes = {"learning_rate": 0.02, "learning_rate_decay": 0.5, "expert_learning_rate": 0.003}
-    flags = {"expert_timesteps": 200, "total_timesteps": 1000, "eval_every": 100, "expert_round_steps": round_steps}
+    flags = {"expert_timesteps": 200, "total_timesteps": 1000, "eval_every": 100}
     folder, _ = train(module, **flags, **step_sizes)
     state = load(folder)
-    assert state["sac"]["replay"]["count"].tolist() == [(3 * 20 + 5 * 20) * bool(round_steps)] * 4  # saved if needed
+    assert state["sac"]["replay"]["count"].tolist() == [0] * 4  # no longer needed, nor saved
     # 3 x 80 is the first multiple beyond 200
     assert state["iteration"] == 3 + 5 and state["global_step"] == 3 * 80 + 80 + 5 * 160
     assert state["data"]["count"].tolist() == [20 + 5 * 20] * 4
     optimizers = [state["optimizer"], *state["sac"]["optimizers"].values()]
     assert [optimizer["param_groups"][0]["lr"] for optimizer in optimizers] == [0.02 / 2**5, 0.003, 0.003]
-    assert [optimizer["state"][0]["step"] for optimizer in optimizers] == [5 * 2] + 2 * [3 * 2 + 5 * round_steps]
-
-
-def test_the_sac_expert_learns_from_what_dagger_visits_and_then_labels_it(train, monkeypatch):
-    """Its last rows are DAgger's last episodes, as the task took them; D_i's last labels are the final expert's."""
-    collected, collect = {}, module.collect
-
-    def recorded(*args, **kwargs):
-        collected[kwargs["reward"]] = collect(*args, **kwargs)
-        return collected[kwargs["reward"]]
-
-    monkeypatch.setattr(module, "collect", recorded)
-    flags = {"env_id": "SparsePointRobot-v0", "train_reward": "sparse", "init_std": 1.0, "expert_learning_rate": 0.01}
-    folder, _ = train(module, total_timesteps=1000, eval_every=100, num_eval_steps=1, **flags)
-    state, visited = load(folder), collected["sparse"]  # the last of training; meta-tests are with the dense reward
-    assert visited["actions"].abs().max() > 1 and (visited["rewards"] >= 0).all()
-    rows, data = (x["rows"].unflatten(0, (4, -1))[:, -20:] for x in (state["sac"]["replay"], state["data"]))
-    obs, actions, rewards, next_obs, terminated = rows.split([2, 2, 1, 2, 1], -1)
-    for x, name in [(obs, "obs"), (next_obs, "next_obs")]:
-        torch.testing.assert_close(x, visited[name].flatten(1, 2))
-    assert torch.equal(actions, visited["actions"].flatten(1, 2).clamp(-1, 1)) and not terminated.any()
-    goals = state["tasks"].float().unsqueeze(1)
-    torch.testing.assert_close(rewards.squeeze(-1), -(next_obs - goals).norm(dim=-1))
-    agent = module.Expert(state["tasks"].float(), 2, 2, 300, module.Args(**state["args"]))
+    assert [optimizer["state"][0]["step"] for optimizer in optimizers] == [5 * 2] + 2 * [3 * 2]
+    tasks = state["tasks"].float()
+    agent = module.Expert(tasks, 2, 2, 60, module.Args(**state["args"]))
     agent.load(state["sac"])
+    obs, labels = state["data"]["rows"].split(2, -1)
     with torch.no_grad():
-        torch.testing.assert_close(data[..., 2:], agent.mean_action(obs, goals.expand(-1, 20, -1)))
+        torch.testing.assert_close(labels, agent.mean_action(obs, tasks.repeat_interleave(20 + 5 * 20, 0)))
+
+
+def test_a_run_stopped_while_its_expert_learns_goes_on(train, monkeypatch):
+    """As the uninterrupted one does: the expert, its replay and its optimizers are saved."""
+    flags = {"expert_timesteps": 400, "total_timesteps": 800}
+    whole, _ = train(module, **flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Run, "stopping", lambda run: run.bar.n >= 160)  # as after a signal
+        part, _ = train(module, **flags)
+    assert load(part)["global_step"] == 160 and load(part)["sac"]["replay"]["count"].tolist() == [40] * 4
+    train(module, resume=part)
+    expected, state = load(whole), load(part)
+    assert state["global_step"] == expected["global_step"]
+    for name in ("meta", "units"):
+        assert all(torch.equal(x, expected[name][key]) for key, x in state[name].items())
+    assert all(torch.equal(x, expected["sac"]["networks"][key]) for key, x in state["sac"]["networks"].items())
+
+
+def test_a_diverging_expert_is_named_and_spares_the_checkpoint(train, monkeypatch):
+    """The last one that was good is kept, and no environment is blamed for the actions of a network that is not."""
+    learn, calls = module.Expert.learn, []
+
+    def diverge(agent, *args):
+        calls.append(args)
+        for optimizer in agent.optimizers.values():
+            optimizer.param_groups[0]["lr"] *= 1e30 if len(calls) == 2 else 1
+        return learn(agent, *args)
+
+    monkeypatch.setattr(module.Expert, "learn", diverge)
+    with pytest.raises(SystemExit, match=r"^error: the expert's loss is not finite: try a smaller --expert-l"):
+        train(module, exp_name="sac", expert_timesteps=240, checkpoint_every=1, total_timesteps=800)
+    (path,) = Path("runs").glob("*__sac__*")
+    state = load(path)
+    assert state["iteration"] == 1 and all(x.isfinite().all() for x in state["sac"]["networks"].values())
+
+
+def test_a_diverging_imitation_is_named_and_spares_the_checkpoint(train):
+    with pytest.raises(SystemExit, match=r"^error: the imitation loss is not finite: try a smaller --inner-lr or"):
+        train(module, exp_name="imitation", learning_rate=1e30, gradient_steps=10, checkpoint_every=1)
+    (path,) = Path("runs").glob("*__imitation__*")
+    state = load(path)
+    assert state["iteration"] == 1 and all(x.isfinite().all() for x in state["meta"].values())
+
+
+def test_an_experts_reward_that_is_too_large_is_named(train, monkeypatch):
+    """Its square is infinite in single precision."""
+    monkeypatch.setattr(Sign, "scale", 1e25)
+    with pytest.raises(SystemExit, match=r"^error: the expert's loss is not finite: .* or reward$"):
+        train(module, env_id="ExpertSign-v0")
+
+
+@pytest.fixture
+def rounds(train, monkeypatch):
+    """rounds(num_rounds, **flags): the tasks of each round of a run without DAgger."""
+
+    def play(num_rounds, num_train_tasks, **flags):
+        played, collect = [], module.collect
+
+        def recorded(params, tasks, *args, **kwargs):
+            played.append(tasks)
+            return collect(params, tasks, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "collect", recorded)
+            short = {"horizon": 2, "episodes_per_task": 1, "expert_episodes": 1, "expert_timesteps": 1, "dagger": False}
+            short |= {"num_train_tasks": num_train_tasks, "eval_every": 100, "num_eval_steps": 0} | flags
+            steps = 2 * (2 * num_train_tasks + num_rounds * short["meta_batch_size"])
+            train(module, **short, total_timesteps=steps, num_test_tasks=1)
+        return played[:num_rounds]
+
+    return play
+
+
+@pytest.mark.parametrize("env_id", ["MultimodalNavigation2-v0", "HalfCheetahDir-v0"])
+def test_a_round_holds_both_modes_of_a_family_that_deals_them_in_turn(rounds, env_id):
+    """Otherwise rounds would alternate between the modes, and each would undo the other's."""
+    played = rounds(6, 20, meta_batch_size=10, env_id=env_id)
+    assert len(played) == 6 and all(len(np.unique(tasks[:, -1])) == 2 for tasks in played)
+
+
+def test_tasks_come_up_equally_often_and_meet_different_ones(rounds):
+    """Each of twelve comes up once in four rounds of three, and rounds differ from those of the pass before."""
+    played = rounds(14, 12, meta_batch_size=3)[2:]  # the first two end a pass: the expert took its other iterations
+    tasks = np.stack(played)[..., 0]  # one coordinate of the goal tells them apart
+    assert all(len(np.unique(one)) == 12 for one in tasks.reshape(3, 4 * 3))
+    assert len(np.unique(np.sort(tasks, axis=1), axis=0)) > 4
 
 
 def test_what_trains_is_the_dense_reward_of_the_expert_and_train_reward_of_the_rest(train, monkeypatch):

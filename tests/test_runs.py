@@ -1,23 +1,25 @@
 """Seeds, resuming, signals, checkpoints, --evaluate and ranks."""
 
 import importlib
-import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, environment, load, tiny
+from conftest import LEAST, TINY, environment, load, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
+import maml_trpo
+
 LONG = 10**9
-# the scripts whose draws do not depend on the number of ranks
-EQUAL_RANKS = ["maml_trpo", "rl2", "maesn", "mmaml", "gmps"]
 
 
 def state(folder):
@@ -102,54 +104,54 @@ def test_what_main_returns(script, train):
     "name, actions", [("maml_trpo", "Discrete"), ("maesn", "Discrete"), ("mmaml", "Matrix")]
 )
 def test_the_entropy_is_that_of_steps_that_were_taken(name, actions, train, monkeypatch):
-    """The mean over tasks of the mean over their steps; what stands after an episode's end has no part in it."""
-    script, entropies = importlib.import_module(name), []
+    """Mean over tasks of the mean over their steps; padding has no part in it."""
+    script = importlib.import_module(name)
     collect = script.collect
+    entropies = []
 
-    def spoil_the_padding(*args, policy, **settings):
-        batch = collect(*args, policy=policy, **settings)
-        taken, entropy = batch["mask"] == 1, policy.distribution(batch["dist"]).entropy()
-        entropies.append(
-            sum(x[steps].mean().item() for x, steps in zip(entropy, taken, strict=True))
-            / len(taken)
-        )
-        batch["dist"][..., -1][~taken] += 1  # a logit, or a log standard deviation
+    def spoil_the_padding(*args, **settings):
+        batch = collect(*args, **settings)
+        taken = batch["mask"] == 1
+        entropy = script.distribution(batch["dist_params"], actions == "Discrete").entropy()
+        means = [x[steps].mean().item() for x, steps in zip(entropy, taken, strict=True)]
+        entropies.append(sum(means) / len(means))
+        batch["dist_params"][..., -1][~taken] += 1  # a logit, or a log standard deviation
         return batch
 
     monkeypatch.setattr(script, "collect", spoil_the_padding)
     env_id = f"user_tasks:{actions}-v0"  # episodes of two to eight steps
     folder, _ = train(script, env_id=env_id, total_timesteps=1)
     (logged,) = scalars(folder)["losses/entropy"].values()
-    assert logged == pytest.approx(
-        entropies[1], rel=1e-5
-    )  # after adaptation; further ones are the meta-test's
+    # after adaptation; further ones are the meta-test's
+    assert logged == pytest.approx(entropies[1], rel=1e-5)
 
 
 RESUMED = {"plain": {}, "a fixed set of tasks": {"num_train_tasks": 6}}
-RESUMED_OWN = {"maml_trpo": {"learned step sizes": {"learn_inner_lr": True, "num_inner_steps": 2}}}
-RESUMED_OWN["rl2"] = {
-    "a value network": {"separate_value": True, "embedding_size": 6, "episodes_per_task": 2}
-}
-PHASES = {"prior_steps": 20, "posterior_steps": 0, "extra_steps": 20, "context_next_obs": "True"}
-RESUMED_OWN["gmps"] = {
-    "a longer phase of the expert": {"expert_timesteps": 400},
-    "no DAgger": {"dagger": False},
-}
-ORACLE = {"env_id": "MultimodalNavigation2-v0", "oracle_mode": True}
-RESUMED_OWN["mmaml"] = {
-    "two steps": {"num_inner_steps": 2},
-    "ProMP": {"no_modulation": True},
-    "Multi-ProMP": ORACLE,
-}
-RESUMED_OWN["pearl"] = {"an overwritten replay": {"replay_size": 50}, "other phases": PHASES}
-RESUMED_OWN["maesn"] = {
-    "an adapted policy": {"adapt_policy": True, "num_inner_steps": 2, "latent_dim": 3}
+RESUMED_OWN = {
+    "maml_trpo": [{"learn_inner_lr": True, "num_inner_steps": 2}],
+    "rl2": [{"separate_value": True, "embedding_size": 6, "episodes_per_task": 2}],
+    "gmps": [{"expert_timesteps": 160}, {"dagger": False}],
+    "mmaml": [
+        {"num_inner_steps": 2},
+        {"no_modulation": True},
+        {"env_id": "MultimodalNavigation2-v0", "oracle_mode": True},
+    ],
+    "pearl": [
+        {"replay_size": 50},  # is overwritten
+        {
+            "prior_steps": 20,
+            "posterior_steps": 0,
+            "extra_steps": 20,
+            "context_next_obs": True,
+        },
+    ],
+    "maesn": [{"adapt_policy": True, "num_inner_steps": 2, "latent_dim": 3}],
 }
 
 
 @pytest.mark.parametrize("case", ["plain", "a fixed set of tasks", "own"])
 def test_a_resumed_run_equals_the_uninterrupted_one(script, train, case):
-    for flags in RESUMED_OWN[script.__name__].values() if case == "own" else [RESUMED[case]]:
+    for flags in RESUMED_OWN[script.__name__] if case == "own" else [RESUMED[case]]:
         whole, metrics = train(script, total_timesteps=4 * 160, **flags)
         part, _ = train(script, total_timesteps=2 * 160, **flags)
         half = state(part)
@@ -240,8 +242,8 @@ def test_signals(script, train, tmp_path, number):
 def test_a_second_signal_aborts(script, train, monkeypatch):
     log, handler = script.Run.log, signal.getsignal(signal.SIGINT)
 
-    def log_and_interrupt(run, *args):
-        log(run, *args)
+    def log_and_interrupt(run, metrics):
+        log(run, metrics)
         signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
@@ -254,7 +256,7 @@ def test_a_second_signal_aborts(script, train, monkeypatch):
 def test_a_run_that_fails_does_not_say_that_it_goes_on_from_here(
     script, train, monkeypatch, capsys
 ):
-    def interrupt_and_crash(run, *args):
+    def interrupt_and_crash(run, metrics):
         signal.raise_signal(signal.SIGTERM)
         raise Crash
 
@@ -276,132 +278,131 @@ def test_evaluate(script, train, capsys):
         name, _, number = tag.removeprefix("eval/").partition("_after_")
         after = f"after {number.removesuffix('_episodes'):>4} episodes {value:10.3f} ± "
         assert (after if number else f"{name}: {value:.3f} ± ") in table
+    with np.load(folder / "evaluation.npz") as file:  # where figures come from
+        assert file["tasks"].shape == (TINY["num_test_tasks"], 2)
+        for tag, value in again.items():
+            name, _, number = tag.removeprefix("eval/").partition("_after_")
+            row = (
+                int(number.removesuffix("_episodes")) // TINY["episodes_per_task"] if number else ()
+            )
+            assert np.nanmean(file[name][row]) == pytest.approx(value, rel=1e-5)
+    (folder / "evaluation.npz").unlink()
+    assert files == {path: path.stat().st_mtime_ns for path in folder.iterdir()}  # nothing else
     _, more = train(script, evaluate=folder, num_test_tasks=3, num_eval_steps=0)
     assert more.keys() < again.keys() and "on 3 held-out tasks" in capsys.readouterr().out
-    written = {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.suffix != ".png"}
-    assert files == written  # it writes nothing but figures
     assert len(list(folder.parent.iterdir())) == 1
 
 
-# ---------------------------------------------------------------------------------------------------------------- ranks
+# --------------------------------------------------------------------------------------------- ranks
 
 
-@pytest.fixture
-def double_precision():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-RANK = """
-import json, os, pathlib, signal, sys, torch
-torch.set_default_dtype(torch.float64)
-import user_tasks, {name} as script
-{more}
-metrics = script.main(script.parse(script.Args))
-pathlib.Path("metrics_" + str(script.ranks()[0]) + ".json").write_text(json.dumps(metrics))  # ranks share stdout
-"""
-
-
-def torchrun(script, n, tmp_path, more="", **flags):
-    """A tiny run of n ranks in double precision, and its one folder."""
-    (tmp_path / "rank.py").write_text(RANK.format(name=script.__name__, more=more))
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={n}",
-        "rank.py",
-    ]
-    command = launcher + tiny(script, exp_name="ranks", **flags)
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120
-    )
-    (folder,) = (tmp_path / "runs").glob("*__ranks__*")
-    return result, folder
-
-
-# in the meta-test of Uneven the fourth task alone reports success, and one rank alone meets it
-@pytest.mark.parametrize(
-    "n, env_id, success", [(2, "user_tasks:Uneven-v0", 1 / 5), (4, "user_tasks:Matrix-v0", 1)]
-)
-@pytest.mark.parametrize("name", EQUAL_RANKS)
-def test_ranks_equal_one_process(name, n, env_id, success, train, tmp_path, double_precision):
-    """On episodes that end early, each at its own step, so that the ranks' batches differ in length."""
-    script = importlib.import_module(name)
-    flags = {"env_id": env_id, "total_timesteps": 1, "eval_every": 1}
-    flags["total_timesteps"] = (
-        3 * state(train(script, **flags)[0])["global_step"] + 1
-    )  # three iterations or more
-    one, metrics = train(script, **flags)
-    assert state(one)["iteration"] >= 3 and metrics[
-        "eval/success_after_0_episodes"
-    ] == pytest.approx(success)
-    result, folder = torchrun(script, n, tmp_path, **flags)
-    assert result.returncode == 0, result.stderr
-    assert same(state(folder), state(one), tolerance=1e-8)
-    nested = [x for part in state(one).values() if isinstance(part, dict) for x in part.values()]
-    assert any(torch.is_tensor(x) and x.dtype == torch.float64 for x in nested)
-    logged, expected = scalars(folder), scalars(one)
-    assert same(logged, expected, tolerance=1e-6)  # TensorBoard keeps single precision
+def fork_ranks(body, n=2):
+    """body(rank) in n processes with torchrun's variables; their exit codes and standard errors."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = [Path(f"stderr_{rank}") for rank in range(n)]
+    pids = []
     for rank in range(n):
-        of_rank = {**json.loads((tmp_path / f"metrics_{rank}.json").read_text()), "charts/SPS": 0}
-        assert same(of_rank, metrics | {"charts/SPS": 0}, tolerance=1e-8)
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            code = 1
+            sys.stderr = names[rank].open("w")
+            sys.stdout = open(os.devnull, "w")
+            os.environ |= {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
+            os.environ |= {name: str(n) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            try:
+                body(rank)
+                torch.distributed.destroy_process_group()
+                code = 0
+            except SystemExit as end:
+                sys.stderr.write(f"{end.code}\n" if isinstance(end.code, str) else "")
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    return codes, [name.read_text() for name in names]
 
 
-DEATH = """
-log, calls = script.Run.log, []
-def log_and_end(run, *args):
-    log(run, *args)
-    calls.append(args)
-    if script.ranks()[0] == {rank} and len(calls) == 5:
-        pathlib.Path("died").touch()
-        {death}
-script.Run.log = log_and_end
-"""
-DEATHS = {"SIGKILL": (0, "os.kill(os.getpid(), signal.SIGKILL)")}
-DEATHS["an error of its own"] = (
-    1,
-    'user_tasks.Ragged.fault = (0, 0, "reward", float("nan"))',
-)  # its lane 0 is the fifth of all
+def test_two_ranks(script, train, tmp_path, monkeypatch):
+    """Their parameters are the same; one that is killed ends the other, and the run can go on.
 
+    On episodes that end early, each at its own step, so that the ranks' batches differ in length.
+    """
+    steps = 5 * 160 + LEAST[script.__name__]
+    flags = {"env_id": "user_tasks:Uneven-v0", "checkpoint_every": 2, "num_minibatches": 1}
+    if script.__name__ != "rl2":
+        del flags["num_minibatches"]
+    log, save = script.Run.log, script.Run.save
 
-@pytest.mark.parametrize("cause", DEATHS)
-@pytest.mark.parametrize("name", EQUAL_RANKS)
-def test_a_rank_that_dies_ends_the_others(name, cause, train, tmp_path, double_precision):
-    """At once, with one line each, and with the checkpoint of the third iteration, from which a run can go on."""
-    script, (rank, death) = importlib.import_module(name), DEATHS[cause]
-    flags = {"env_id": "user_tasks:Matrix-v0", "checkpoint_every": 3}
-    more = DEATH.format(rank=rank, death=death)
-    result, folder = torchrun(script, 2, tmp_path, more, total_timesteps=LONG, **flags)
-    assert (tmp_path / "died").exists(), result.stderr
-    assert (
-        time.time() - (tmp_path / "died").stat().st_mtime < 25
-    )  # after 30 s torchrun kills those that hang
-    assert result.returncode != 0 and "goes on from here" not in result.stdout
-    assert "[rank" not in result.stderr and "terminate called" not in result.stderr, result.stderr
-    expected = ["error: lost another rank; --resume goes on from the last checkpoint"]
-    if cause != "SIGKILL":
-        expected += ["error: user_tasks:Matrix-v0: reward is not finite in lane 4, step 0"]
-    lines = sorted(line for line in result.stderr.splitlines() if line.startswith("error:"))
-    assert [line[: len(start)] for line, start in zip(lines, expected, strict=True)] == expected
+    def run(rank, death=0, **more):
+        def log_and_die(run, metrics):
+            log(run, metrics)
+            if run.iteration == death and rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def save_and_keep(run, **state):
+            save(run, **state)
+            own = state.pop("own", None)
+            torch.save(state | {"metrics": run.metrics}, f"rank_{rank}.pt")
+            torch.save(own, f"own_{rank}.pt")
+
+        monkeypatch.setattr(script.Run, "log", log_and_die)
+        monkeypatch.setattr(script.Run, "save", save_and_keep)
+        train(script, **more)
+
+    codes, errors = fork_ranks(
+        lambda rank: run(rank, exp_name="whole", total_timesteps=steps, **flags)
+    )
+    assert codes == [0, 0], errors
+    (whole,) = (tmp_path / "runs").iterdir()
+    one, two = (torch.load(f"rank_{rank}.pt", weights_only=True) for rank in (0, 1))
+    del one["metrics"]["charts/SPS"], two["metrics"]["charts/SPS"]
+    assert same(one, two)
+    owns = [torch.load(f"own_{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert owns == [None, None] or not same(*owns)
+
+    def killed(rank):
+        run(rank, death=5, exp_name="killed", total_timesteps=steps, **flags)
+
+    codes, errors = fork_ranks(killed)
+    assert codes == [1, -signal.SIGKILL], errors
+    line = "error: lost another rank; --resume goes on from the last checkpoint"
+    assert errors[0].startswith(line) and errors[0].count("\n") == 1
+    (folder,) = set((tmp_path / "runs").iterdir()) - {whole}
     stopped = state(folder)
-    assert stopped["iteration"] == 3
-    whole, _ = train(script, total_timesteps=stopped["global_step"], **flags)
-    assert same(stopped, state(whole), tolerance=1e-8)
-    train(script, resume=folder, total_timesteps=stopped["global_step"] + 1)
-    whole, _ = train(script, total_timesteps=stopped["global_step"] + 1, **flags)
-    assert state(folder)["iteration"] == 4 and same(state(folder), state(whole), tolerance=1e-8)
-    assert scalars(folder).keys() == scalars(whole).keys()
+    assert stopped["iteration"] == 4 and stopped["ranks"] == 2
+    with pytest.raises(SystemExit, match=r"^error: --resume: .* is a run of 2 ranks, not 1$"):
+        train(script, resume=folder)
+    codes, errors = fork_ranks(lambda rank: run(rank, resume=folder))
+    assert codes == [0, 0], errors
+    assert same(state(folder), state(whole))
+    files = [sorted(path.name for path in run.glob("*.pt")) for run in (folder, whole)]
+    assert files[0] == files[1]
+    for name in files[0]:
+        assert same(*(torch.load(run / name, weights_only=True)["own"] for run in (folder, whole)))
+    train(script, evaluate=folder)  # on any number of ranks
+
+
+def test_torchrun(train, tmp_path):
+    """The README's command, once and for all six."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, maml_trpo.__file__, *tiny("maml_trpo", total_timesteps=160)]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("writing to") == result.stdout.count("return on 5 held-out") == 1
 
 
 def test_ranks_that_do_not_divide_the_meta_batch(script, train, tmp_path, monkeypatch):
     for name, value in (TORCHRUN | {"RANK": "1", "WORLD_SIZE": "3"}).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(
-        SystemExit, match=r"^error: --meta-batch-size \d: not divisible by the 3 ranks$"
-    ):
+    line = r"^error: --meta-batch-size \d: not divisible by the 3 ranks$"
+    with pytest.raises(SystemExit, match=line):
         train(script)
     assert not (tmp_path / "runs").exists()
 
@@ -441,14 +442,14 @@ def test_each_rank_takes_its_own_gpu_before_it_joins_the_others(script, monkeypa
     for name, value in (TORCHRUN | {"RANK": "1", "LOCAL_RANK": "1"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(torch.device(device)))
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
     monkeypatch.setattr(
         torch.distributed, "init_process_group", lambda backend: calls.append(backend)
     )
     monkeypatch.setattr(script.atexit, "register", lambda function: None)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)
     script.setup(script.Args(cuda=True, num_threads=1, meta_batch_size=2))
-    assert calls == [torch.device("cuda:1"), "nccl"]
+    assert calls == [1, "nccl"]
 
 
 def test_keys_of_draws_do_not_alias(script):
@@ -499,17 +500,29 @@ def test_copies_of_a_task_count_once(script, capsys):
     once = script.over_tasks(score.reshape(2, 2, 6).mean(1), tasks[:6])
     np.testing.assert_allclose((mean, half), once[:2])
     assert different == once[2] == 6
+    args = script.Args(eval_episodes=10)
     for n in (1, 2, 3):
-        metrics = script.report(
-            {"return": score[:, :n], "extra": score[0, :n]}, tasks[:n], 10, printed=True
-        )
+        scores = {"return": score[:, :n], "extra": score[0, :n]}
+        metrics = script.report(scores, tasks[:n], args, {})
         table = capsys.readouterr().out
-        assert (
-            "±" not in table
-            and "interval" not in table
-            and f"return on {n} held-out tasks, mean:" in table
-        )
+        assert "±" not in table and "interval" not in table
+        assert f"return on {n} held-out tasks, mean:" in table
         assert metrics["eval/return_after_10_episodes"] == pytest.approx(score[1, :n].mean())
         assert metrics["eval/extra"] == pytest.approx(score[0, :n].mean())
-    script.report({"return": score}, np.tile(tasks[:2], (6, 1)), 10, printed=True)
+    script.report({"return": score}, np.tile(tasks[:2], (6, 1)), args, {})
     assert "return on 12 held-out tasks (2 different), mean:" in capsys.readouterr().out
+
+
+def test_tasks_that_a_score_leaves_out(script, capsys):
+    """NaN marks them, in all rows."""
+    rng = np.random.default_rng(0)
+    score, tasks = rng.normal(size=(2, 9)), rng.normal(size=(9, 2))
+    some = score.copy()
+    some[:, 5:] = np.nan
+    args = script.Args(eval_episodes=10)
+    metrics = script.report({"return": some}, tasks, args, {})
+    table = capsys.readouterr().out
+    assert metrics == script.report({"return": score[:, :5]}, tasks[:5], args)
+    assert "return on 5 held-out tasks, mean and 95% interval" in table
+    assert script.report({"return": score}, tasks, args) != metrics
+    assert capsys.readouterr().out == ""
