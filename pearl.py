@@ -7,27 +7,24 @@ Rakelly, Zhou, Quillen, Finn and Levine, ICML 2019, arXiv 1903.08254, Algorithms
 
 Meta-learns an encoder, which turns the transitions seen in a task (the context c) into a belief
 q(z|c) about which task it is, and a soft actor-critic (SAC) that is given a z drawn from it.
-Adapting is inferring z. Every training task has a replay of its own. First each gets its initial
+Adapting is inferring z. Every training task has a replay of its own; first each gets its initial
 steps, with z from the prior N(0, I). Then, in every iteration:
 
-(1) Pick tasks, and forget their contexts. Collect episodes in all of them at once, each with a new
-    z: from the prior, then from the belief. Then more from the belief, for the replay alone.
+(1) Pick tasks, and forget their contexts. Collect episodes in all of them, each with a new z: from
+    the prior, then from the belief. Then collect more from the belief, for the replay alone.
 (2) Gradient steps: draw N tasks, and in each a context c and a batch from its replay.
 (3) Belief: q(z|c) is the product of one Gaussian per transition, normalised. Draw one z per task.
-(4) Critics: twin Q(s, a, z) towards y = scale r + γ (min Q'(s', a', z) - log π(a'|s', z)), a' from
-    the actor.
+(4) Critics: twin Q(s, a, z) towards scale r + γ (min Q'(s', a', z) - log π(a'|s', z)).
 (5) Encoder: the gradient of (4) through z, and of the KL from the prior to the belief; no other.
 (6) Actor: lower log π(a|s, z) - min Q(s, a, z), z a constant. Targets Q' follow the critics slowly.
-(7) Meta-test: in held-out tasks, episodes with z from the prior, then from the belief given all of
-    the task's steps.
+(7) Meta-test in held-out tasks: episodes with z from the prior, then from the belief.
 
 Train:     python pearl.py
 Resume:    python pearl.py --resume runs/NAME
 Evaluate:  python pearl.py --evaluate runs/NAME
 
 Differs from the paper in: twin target critics (there a value network and its target), contexts
-without repetition, smaller networks, batches and step counts (the original's: benchmarks/pearl.txt).
-The whole list: docs/pearl.md.
+without repetition, and smaller numbers (its own: benchmarks/pearl.txt). The list: docs/pearl.md.
 """
 
 from __future__ import annotations
@@ -80,11 +77,11 @@ class Args:
     horizon: int = 0  # T, steps per episode at most (0: the family's own)
     num_train_tasks: int | None = None  # size of the set of training tasks, each with a replay (unset: 40, 80, 100)
     num_test_tasks: int | None = None  # held-out tasks of the meta-test (unset: 100, 100, 40)
-    num_eval_steps: int | None = None  # updates of the belief at meta-test (unset: 2, on Sparse* 19)
+    num_eval_steps: int | None = None  # updates of the belief at meta-test (unset: 19 on Sparse*, else 2)
     eval_episodes: int | None = None  # episodes per task before each of them (unset: episodes_per_task)
     deterministic_eval: bool = True  # score with the mean action instead of sampled ones
-    train_reward: Literal["dense", "sparse"] | None = None  # in the context; critics see the dense one (unset: by name)
-    test_reward: Literal["dense", "sparse"] | None = None  # of the meta-test's scores (unset: dense, on Sparse* sparse)
+    train_reward: Literal["dense", "sparse"] | None = None  # of contexts only (unset: sparse on Sparse*, else dense)
+    test_reward: Literal["dense", "sparse"] | None = None  # of the meta-test (unset: sparse on Sparse*, else dense)
     gamma: float | None = None  # discount per step (unset: 0.9, 0.9, 0.99)
     cuda: bool = False  # compute on the GPU (worth it with --compile)
     torch_deterministic: bool = True  # use deterministic kernels only
@@ -100,62 +97,33 @@ class Args:
     posterior_steps: int | None = None  # the same with z from the belief (unset: 300, 0, 0)
     extra_steps: int | None = None  # the same, for the replay but not for the context (unset: 0, 60, 600)
     gradient_steps: int | None = None  # gradient steps per iteration (unset: 200, 200, 500)
-    warmup_iterations: int | None = None  # first iterations with so many gradient steps instead: (unset: 43, 0, 0)
-    warmup_gradient_steps: int = 1000  # in them the encoder learns the tasks' contexts by heart
+    warmup_iterations: int | None = None  # the first iterations, with warmup_gradient_steps instead (unset: 43, 0, 0)
+    warmup_gradient_steps: int = 1000  # while the encoder learns its contexts by heart, which gives z a meaning
     batch_size: int = 64  # transitions per task in a gradient step
-    context_size: int | None = None  # transitions per task that the encoder reads in one (unset: 400, 40, 100)
-    context_segment: int | None = None  # length of the consecutive transitions in a context (unset: 20, 20, 1)
-    context_window: int | None = None  # latest steps that contexts are of, 0: last collection (unset: 1600, 1000, 0)
+    context_size: int | None = None  # transitions per task in a context of a gradient step (unset: 400, 40, 100)
+    context_segment: int | None = None  # length of the runs of consecutive transitions in it (unset: 20, 20, 1)
+    context_window: int | None = None  # latest steps that contexts are of, 0: of a collection (unset: 1600, 1000, 0)
     context_next_obs: bool | None = None  # whether the context has the next observation (unset: on *RandParams)
     replay_size: int = 0  # transitions kept per task (0: twice a task's mean share of total_timesteps)
     latent_size: int | None = None  # Z, dimensions of z (unset: 5, 8, 5)
     hidden_size: int | None = None  # units in each of three hidden layers of actor and critics (unset: 64, 64, 128)
     encoder_size: int | None = None  # units in each of three hidden layers of the encoder (unset: 32, 128, 128)
     learning_rate: float = 1e-3  # step size of Adam, for all networks
-    anneal: bool | None = None  # let it fall linearly, to 0 at total_timesteps (unset: False, True, False)
+    anneal: bool | None = None  # let learning_rate fall linearly, to 0 at total_timesteps (unset: False, True, False)
     tau: float = 0.005  # share of the critics in the targets, per gradient step
     reward_scale: float | None = None  # factor on the critics' reward (unset: 1.0, 1.0, 5.0)
     temperature: float | None = None  # weight of the entropy for critics and actor (unset: 0.01, 0.01, 1.0)
     kl_weight: float | None = None  # weight of N times the mean KL in the critics' loss (unset: 1e-4, 1e-5, 0.1)
     regularization: float | None = None  # weight of the actor's squared mean and log std (unset: 1e-5, 1e-3, 1e-3)
-    exploration_episodes: int | None = None  # of a meta-test before the belief is first used (unset: 15, 1, 2)
+    exploration_episodes: int | None = None  # episodes of a meta-test before the belief is first used (unset: 15, 1, 2)
     eval_context: Literal["own", "none", "shuffled"] = "own"  # at meta-test; none: the prior, shuffled: another task's
     compile: bool = False  # capture the gradient step as a CUDA graph (needs --cuda and one process)
 
     may_be_zero: ClassVar = {"seed", "task_seed", "horizon", "num_threads", "num_eval_steps", "posterior_steps",
-                             "extra_steps", "warmup_iterations", "context_window", "replay_size", "kl_weight",
-                             "regularization"}
+                             "extra_steps", "warmup_iterations", "context_window", "replay_size",
+                             "kl_weight", "regularization"}
     at_most_one: ClassVar = {"gamma", "tau"}
-
-
-BY_KIND = {  # what a flag is if it is not given: on SparsePointRobot-v0, on other points, elsewhere
-    "total_timesteps": (1_200_000, 1_000_000, 500_000), "gamma": (0.9, 0.9, 0.99),
-    "num_train_tasks": (40, 80, 100),                   "num_test_tasks": (100, 100, 40),
-    "meta_batch_size": (10, 16, 16),                    "picked_tasks": (10, 16, 5),
-    "initial_steps": (200, 200, 2000),                  "prior_steps": (100, 60, 400),
-    "posterior_steps": (300, 0, 0),                     "extra_steps": (0, 60, 600),
-    "gradient_steps": (200, 200, 500),                  "warmup_iterations": (43, 0, 0),
-    "context_size": (400, 40, 100),                     "context_segment": (20, 20, 1),
-    "context_window": (1600, 1000, 0),                  "latent_size": (5, 8, 5),
-    "hidden_size": (64, 64, 128),                       "encoder_size": (32, 128, 128),
-    "anneal": (False, True, False),                     "exploration_episodes": (15, 1, 2),
-    "reward_scale": (1.0, 1.0, 5.0),                    "temperature": (0.01, 0.01, 1.0),
-    "kl_weight": (1e-4, 1e-5, 0.1),                     "regularization": (1e-5, 1e-3, 1e-3),
-}
 # fmt: on
-
-
-def by_kind(args: Args) -> Args:
-    """args with values for what is unset."""
-    sparse = args.env_id.startswith("Sparse")
-    kind = 2
-    if args.env_id in POINT_FAMILIES:
-        kind = 0 if sparse else 1
-    values = {name: of[kind] for name, of in BY_KIND.items()}
-    values["train_reward"] = values["test_reward"] = "sparse" if sparse else "dense"
-    values["num_eval_steps"] = 19 if sparse else 2
-    values["context_next_obs"] = "RandParams" in args.env_id
-    return replace(args, **{name: x for name, x in values.items() if getattr(args, name) is None})
 
 
 # ----------------------------------------------------------------------------------- the networks
@@ -209,26 +177,14 @@ def kl_to_prior(mean, variance) -> torch.Tensor:
 
 
 class Experience:
-    """Of each of this rank's training tasks (M, K) a replay, and the part of it that is its context.
+    """A replay for each of this rank's training tasks (M, K), and the part that is its context.
 
-    window (M, 2): where a task's context starts in its replay, and its length; of longer ones, the
-    first `longest` rows count. Sets args.replay_size.
+    window (M, 2): where the context starts in the replay, and its length. At most `longest` of its
+    rows count.
     """
 
     def __init__(self, tasks: np.ndarray, agent: Agent, args: Args):
-        round_steps = args.episodes_per_task * args.horizon
-        phases = (args.initial_steps, args.prior_steps, args.posterior_steps, args.extra_steps)
-        phases = [math.ceil(steps / round_steps) * round_steps for steps in phases]
-        at_first, prior, posterior, extra = phases
-        needed = args.num_train_tasks * at_first
-        if args.total_timesteps <= needed:
-            steps = f"must be above the {needed} steps of the initial collection"
-            fail(f"--total-timesteps {args.total_timesteps}: {steps}")
-        least = max(at_first, prior + posterior + extra)
-        share = math.ceil(args.total_timesteps / args.num_train_tasks)
-        args.replay_size = args.replay_size or max(least, 2 * share)
-        if args.replay_size < least:
-            fail(f"--replay-size {args.replay_size}: less than the {least} steps of an iteration")
+        at_first, prior, posterior, _ = whole_rounds(args)
         device = next(agent.parameters()).device
         self.tasks = tasks
         self.columns = agent.columns
@@ -237,10 +193,7 @@ class Experience:
         self.longest = max(at_first, prior + posterior, args.context_window)
 
     def draw_context(self, ids, generator, args) -> tuple[torch.Tensor, torch.Tensor]:
-        """At most context_size different rows of each context, (N, C, W), and their mask (N, C).
-
-        The draw is one of segments, runs of context_segment consecutive rows.
-        """
+        """Different segments, runs of rows, of each context, (N, C, W), and their mask (N, C)."""
         device = self.window.device
         first, length = self.window[ids].unbind(1)
         starts = torch.arange(0, self.longest, args.context_segment, device=device)
@@ -260,10 +213,8 @@ class Experience:
         ids = torch.rand(len(self.window), **random).topk(n).indices
         batch = from_rows(self.replay.sample(ids, args.batch_size, generator), self.columns)
         context, mask = self.draw_context(ids, generator, args)
-        of_action = batch["actions"].shape
-        noise = [
-            torch.randn(size, **random) for size in ((n, args.latent_size), of_action, of_action)
-        ]
+        noise = [torch.randn(n, args.latent_size, **random)]
+        noise += [torch.randn(batch["actions"].shape, **random) for _ in range(2)]
         return batch, context, mask, noise
 
 
@@ -279,9 +230,8 @@ def collect(q, tasks, key, agent, args, test=False, deterministic=False) -> dict
         return agent.sac.act(obs, z, noise)[0]
 
     episodes = args.eval_episodes if test else args.episodes_per_task
-    purpose, *numbers = key
-    rng = keyed_rng(args.seed, f"latents of {purpose}", *numbers)
     mean, variance = (x.unsqueeze(1) for x in q)
+    rng = keyed_rng(args.seed, f"latents of {key[0]}", *key[1:])
     noise = rng.normal(size=(len(tasks), episodes, agent.latent_size))
     z = mean + variance.sqrt() * torch.as_tensor(noise, dtype=mean.dtype, device=mean.device)
     batch = rollout(act, z, tasks, episodes, key, args, deterministic)
@@ -294,17 +244,18 @@ def collect(q, tasks, key, agent, args, test=False, deterministic=False) -> dict
 def explore(phases, ids, experience, reach, key, agent, args) -> list[dict]:
     """(1) Collect in the tasks ids (N,), whose contexts start anew; returns the rounds of episodes.
 
-    phases: steps per task by name, on average over the tasks of all ranks; reach: if not 0, the
-    contexts are in the end the latest so many steps of all phases; key: of the draws.
+    phases: by name; args has their steps, means over the tasks of all ranks. reach: if not 0, the
+    contexts are in the end the latest so many steps of all phases. key: of the draws.
     """
     replay, window = experience.replay, experience.window
     tasks = experience.tasks[ids.cpu().numpy()]
     window[ids, 0] = replay.count[ids]
     window[ids, 1] = 0
     rounds = []
-    for phase, steps in phases.items():
+    for phase in phases:
+        steps = getattr(args, f"{phase}_steps") * len(ids) * ranks()[1]
         done = 0
-        while done < steps * len(ids) * ranks()[1]:
+        while done < steps:
             round_key = (*key, len(rounds))
             q = agent.prior(len(ids))
             if phase in ("posterior", "extra") and done:  # a phase starts with the prior (original)
@@ -375,17 +326,18 @@ def gradient_steps(agent, optimizers, experience, times, lr, key, args) -> dict[
 
 @torch.no_grad()
 def evaluate(tasks, agent, args) -> tuple[dict, dict]:
-    """(7) Meta-test on tasks (M, K), all at once: the scores of num_eval_steps + 1 rounds.
+    """(7) Meta-test on tasks (M, K): {"return": (num_eval_steps + 1, M), ...}, and the episodes.
 
-    Returns {"return": (num_eval_steps + 1, M), ...}, means over a round's episodes, and these
-    episodes. Draws depend on the seed alone. Contexts are of sampled episodes, as in training;
-    those of --deterministic-eval are extra, with the same z.
+    Draws depend on the seed alone. Contexts are of sampled episodes, as in training; those of
+    --deterministic-eval are extra, with the same z.
     """
-    scores, rows, masks = [], [], []
+    scores = []
+    contexts = []
     episodes = {}
     for k in range(args.num_eval_steps + 1):
         q = agent.prior(len(tasks))
         if k * args.eval_episodes >= args.exploration_episodes and args.eval_context != "none":
+            rows, masks = zip(*contexts, strict=True)
             q = agent.infer(torch.cat(rows, 1), torch.cat(masks, 1))
         if args.eval_context == "shuffled":
             q = [x.roll(1, 0) for x in q]
@@ -394,46 +346,15 @@ def evaluate(tasks, agent, args) -> tuple[dict, dict]:
         extra = play(deterministic=True) if args.deterministic_eval else None
         scores.append([episode_scores(batch, extra)])
         episodes[f"obs_{k}"] = batch["obs"]
-        seen, mask = to_rows(batch, agent.columns)
-        rows.append(seen)
-        masks.append(mask)
+        contexts.append(to_rows(batch, agent.columns))
     return stack_scores(scores, len(tasks)), episodes
-
-
-def check_flags(envs, args):
-    """End the program if flags do not go together."""
-    if isinstance(envs.single_action_space, gym.spaces.Discrete):
-        fail(f"{args.env_id} has Discrete actions; pearl.py needs Box")
-    if args.compile and (not args.cuda or ranks()[1] > 1):
-        fail("--compile captures a CUDA graph: it needs --cuda, and one process")
-    tasks = f"--num-train-tasks {args.num_train_tasks}"
-    available = args.context_window or args.prior_steps + args.posterior_steps
-    limits = [
-        ("meta_batch_size", args.num_train_tasks, tasks),
-        ("picked_tasks", args.num_train_tasks, tasks),
-        ("context_size", available, f"the {available} steps that contexts are drawn from"),
-        ("context_segment", args.context_size, f"--context-size {args.context_size}"),
-    ]
-    if args.num_eval_steps and args.eval_context != "none":
-        before = f"the {args.num_eval_steps} x {args.eval_episodes} episodes before a meta-test's"
-        never = f"{before} last ones, so that the belief is never used"
-        limits.append(("exploration_episodes", args.num_eval_steps * args.eval_episodes, never))
-    for name, most, what in limits:
-        if getattr(args, name) > most:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: more than {what}")
-    for name in ("num_train_tasks", "picked_tasks"):
-        if getattr(args, name) % ranks()[1]:
-            split = f"not divisible by the {ranks()[1]} ranks"
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: {split}")
 
 
 def main(args: Args) -> dict[str, float]:
     """Train, resume or only evaluate; returns the last value of every eval/* and charts/* tag."""
     args, device, checkpoint = setup(by_kind(args))
     envs, train_tasks, test_tasks = make_tasks(args)
-    check_flags(envs, args)
-
-    # networks
+    check(envs, args)
     obs_size = envs.single_observation_space.shape[0]
     agent = Agent(obs_size, envs.single_action_space.shape[0], args).to(device)
     agent.load_state_dict(restore(agent.state_dict(), checkpoint.get("agent")))
@@ -442,12 +363,12 @@ def main(args: Args) -> dict[str, float]:
         scores, episodes = evaluate(test_tasks, agent, args)
         return report(scores, test_tasks, args, episodes)
 
-    # this rank's tasks, their replays, and the optimizers
+    # this rank's tasks; the initial collection takes the first iterations, gradient steps its last
     rank, num_ranks = ranks()
     experience = Experience(train_tasks[rank::num_ranks], agent, args)
     num_tasks = len(experience.tasks)
     num_picked = args.picked_tasks // num_ranks
-    first = math.ceil(num_tasks / num_picked)  # iterations of the initial collection
+    first = math.ceil(num_tasks / num_picked)
     adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=args.cuda)
     learns_z = [*agent.sac.critics.parameters(), *agent.encoder.parameters()]
     optimizers = {"critics": adam(learns_z), "actor": adam(agent.sac.actor.parameters())}
@@ -459,17 +380,17 @@ def main(args: Args) -> dict[str, float]:
             experience.window.copy_(own["window"])
             for name, optimizer in optimizers.items():
                 optimizer.load_state_dict(checkpoint["optimizers"][name])
-        gigabytes = experience.replay.bytes / 1e9
+        size = f"{args.replay_size} steps, {experience.replay.bytes / 1e9:.2f} GB"
         show(", ".join(f"{name} {getattr(args, name)}" for name in BY_KIND))
-        show(f"replay: {num_tasks} tasks x {args.replay_size} steps, {gigabytes:.2f} GB")
+        show(f"replay: {num_tasks} tasks x {size}")
         while run.next_iteration():
             # (1) collect: at first in all tasks in turn, then in picked ones
             warming_up = run.iteration < first + args.warmup_iterations
-            phases = {"initial": args.initial_steps}
-            ids = (np.arange(num_picked) + num_picked * (run.iteration - 1)) % num_tasks
-            if run.iteration > first:
-                phases = {"prior": args.prior_steps, "posterior": args.posterior_steps}
-                phases["extra"] = args.extra_steps
+            if run.iteration <= first:
+                phases = ["initial"]
+                ids = (np.arange(num_picked) + num_picked * (run.iteration - 1)) % num_tasks
+            else:
+                phases = ["prior", "posterior", "extra"]
                 ids = keyed_rng(args.seed, *run.key("picks")).permutation(num_tasks)[:num_picked]
             ids = torch.as_tensor(ids, device=device)
             reach = 0 if warming_up else args.context_window
@@ -499,11 +420,9 @@ def main(args: Args) -> dict[str, float]:
                 run.lap("eval")
             run.log(metrics)
             if run.saving():
-                run.save(
-                    own={"replay": experience.replay.state(), "window": experience.window},
-                    agent=agent.state_dict(),
-                    optimizers={name: adam.state_dict() for name, adam in optimizers.items()},
-                )
+                own = {"replay": experience.replay.state(), "window": experience.window}
+                moments = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+                run.save(own=own, agent=agent.state_dict(), optimizers=moments)
     if run.complete:
         report(scores, test_tasks, args, episodes)
     return run.metrics
@@ -703,7 +622,9 @@ def make_envs(env_id: str, num_envs: int = 1) -> gym.vector.VectorEnv:
         if module:
             importlib.import_module(module)
         if gym.spec(name).vector_entry_point:
-            return gym.make_vec(name, num_envs, vectorization_mode="vector_entry_point")
+            envs = gym.make_vec(name, num_envs, vectorization_mode="vector_entry_point")
+            if hasattr(envs, "sample_tasks"):
+                return envs
         return UserEnvs(env_id, num_envs)
     except ModuleNotFoundError as error:
         own = error.name == module
@@ -1464,6 +1385,97 @@ class Replay:
 
 
 # <<< shared: sac
+
+# ==================================================================================================
+# Housework of this script alone.
+# ==================================================================================================
+
+BY_KIND = {  # what a flag is if it is not given: on SparsePointRobot-v0, on other points, elsewhere
+    "total_timesteps": (1_200_000, 1_000_000, 500_000),
+    "meta_batch_size": (10, 16, 16),
+    "num_train_tasks": (40, 80, 100),
+    "num_test_tasks": (100, 100, 40),
+    "gamma": (0.9, 0.9, 0.99),
+    "picked_tasks": (10, 16, 5),
+    "initial_steps": (200, 200, 2000),
+    "prior_steps": (100, 60, 400),
+    "posterior_steps": (300, 0, 0),
+    "extra_steps": (0, 60, 600),
+    "gradient_steps": (200, 200, 500),
+    "warmup_iterations": (43, 0, 0),
+    "context_size": (400, 40, 100),
+    "context_segment": (20, 20, 1),
+    "context_window": (1600, 1000, 0),
+    "latent_size": (5, 8, 5),
+    "hidden_size": (64, 64, 128),
+    "encoder_size": (32, 128, 128),
+    "anneal": (False, True, False),
+    "reward_scale": (1.0, 1.0, 5.0),
+    "temperature": (0.01, 0.01, 1.0),
+    "kl_weight": (1e-4, 1e-5, 0.1),
+    "regularization": (1e-5, 1e-3, 1e-3),
+    "exploration_episodes": (15, 1, 2),
+}
+
+
+def by_kind(args: Args) -> Args:
+    """args with values for what is unset."""
+    sparse = args.env_id.startswith("Sparse")
+    kind = 2
+    if args.env_id in POINT_FAMILIES:
+        kind = 0 if sparse else 1
+    values = {name: of[kind] for name, of in BY_KIND.items()}
+    values["train_reward"] = values["test_reward"] = "sparse" if sparse else "dense"
+    values["num_eval_steps"] = 19 if sparse else 2
+    values["context_next_obs"] = "RandParams" in args.env_id
+    return replace(args, **{name: x for name, x in values.items() if getattr(args, name) is None})
+
+
+def whole_rounds(args) -> list[int]:
+    """Steps per task of the initial, prior, posterior and extra phase, in whole rounds of episodes."""
+    length = args.episodes_per_task * args.horizon
+    phases = [args.initial_steps, args.prior_steps, args.posterior_steps, args.extra_steps]
+    return [math.ceil(steps / length) * length for steps in phases]
+
+
+def check(envs, args):
+    """End the program if flags do not go together. Sets replay_size."""
+    if isinstance(envs.single_action_space, gym.spaces.Discrete):
+        fail(f"{args.env_id} has Discrete actions; pearl.py needs Box")
+    if args.compile and (not args.cuda or ranks()[1] > 1):
+        fail("--compile captures a CUDA graph: it needs --cuda, and one process")
+    for name in ("num_train_tasks", "picked_tasks"):
+        if getattr(args, name) % ranks()[1]:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            fail(f"{flag}: not divisible by the {ranks()[1]} ranks")
+
+    tasks = f"--num-train-tasks {args.num_train_tasks}"
+    available = args.context_window or args.prior_steps + args.posterior_steps
+    limits = [
+        ("meta_batch_size", args.num_train_tasks, tasks),
+        ("picked_tasks", args.num_train_tasks, tasks),
+        ("context_size", available, f"the {available} steps that contexts are drawn from"),
+        ("context_segment", args.context_size, f"--context-size {args.context_size}"),
+    ]
+    if args.num_eval_steps and args.eval_context != "none":
+        rounds = f"the {args.num_eval_steps} x {args.eval_episodes} episodes"
+        never = f"{rounds} before a meta-test's last ones, so that the belief is never used"
+        limits.append(("exploration_episodes", args.num_eval_steps * args.eval_episodes, never))
+    for name, most, what in limits:
+        if getattr(args, name) > most:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: more than {what}")
+
+    at_first, *phases = whole_rounds(args)
+    least = max(at_first, sum(phases))
+    share = math.ceil(args.total_timesteps / args.num_train_tasks)
+    args.replay_size = args.replay_size or max(least, 2 * share)
+    if args.replay_size < least:
+        fail(f"--replay-size {args.replay_size}: less than the {least} steps of an iteration")
+    before = args.num_train_tasks * at_first
+    if args.total_timesteps <= before:
+        needed = f"must be above the {before} steps of the initial collection"
+        fail(f"--total-timesteps {args.total_timesteps}: {needed}")
+
 
 if __name__ == "__main__":
     main(parse(Args))
