@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import socket
+from dataclasses import replace
 from functools import partial
 
 import gymnasium as gym
@@ -807,6 +808,19 @@ def recipes():
             assert script == "pearl.py"
             found[label] = module.by_kind(module.parse(module.Args, argv))
     return found
+
+
+def test_the_commands_of_the_page_are_recipes():
+    """Those with flags of training, apart from what does not change its result."""
+    page = (ROOT / "docs" / "pearl.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"python pearl\.py (.*--gradient-steps.*)", page)
+    free = {"cuda": False, "compile": False, "num_threads": 0, "eval_every": 25}
+    free["checkpoint_every"] = 10
+    known = [replace(args, **free) for args in recipes().values()]
+    assert len(commands) == 3
+    for command in commands:
+        args = module.by_kind(module.parse(module.Args, shlex.split(command)))
+        assert replace(args, **free) in known, command
 
 
 def test_step_counts_of_the_paper():
