@@ -246,8 +246,8 @@ def expert_iteration(sac, data, policy, run, args) -> dict[str, float]:
     at once, demonstrations. Returns what to log.
     """
     metrics = {}
-    ids = torch.arange(len(data.tasks), device=data.tasks.device)
-    lanes = data.tasks.repeat_interleave(args.expert_episodes, 0)
+    ids = torch.arange(len(data.tasks), device=data.told.device)
+    lanes = data.told.repeat_interleave(args.expert_episodes, 0)
 
     def explore(_, obs, noise):
         actions = sac.sample_actions(obs.flatten(0, 1), lanes, noise.flatten(0, 1))
@@ -258,8 +258,8 @@ def expert_iteration(sac, data, policy, run, args) -> dict[str, float]:
         return actions + args.expert_noise * noise
 
     def play(act, k):
-        tasks = data.tasks.cpu().numpy()
-        return rollout(act, None, tasks, args.expert_episodes, run.key("train", k), args)
+        key = run.key("train", k)
+        return rollout(act, None, data.tasks, args.expert_episodes, key, args)
 
     # (1)
     if sac:
@@ -269,7 +269,7 @@ def expert_iteration(sac, data, policy, run, args) -> dict[str, float]:
         metrics["expert/return"] = task_mean(episode_scores(batch)["return"])
         run.lap("collect")
         generator = torch_generator(ids.device, args.seed, *run.key("update"))
-        metrics |= sac.learn(data.tasks, generator, args)
+        metrics |= sac.learn(data.told, generator, args)
         run.lap("update")
 
     # (2)
@@ -299,8 +299,9 @@ def pick_tasks(num_tasks: int, n: int, run, args) -> np.ndarray:
 def imitation_round(meta, optimizer, data, policy, run, args) -> dict[str, float]:
     """(3)-(6) Collect, let the expert label more states, and imitate it; returns what to log."""
     n = args.meta_batch_size // run.num_ranks
-    ids = torch.as_tensor(pick_tasks(len(data.tasks), n, run, args), device=data.tasks.device)
-    tasks = data.tasks[ids].cpu().numpy()
+    picked = pick_tasks(len(data.tasks), n, run, args)
+    tasks = data.tasks[picked]
+    ids = torch.as_tensor(picked, device=data.told.device)
     theta, step_sizes = split(meta)
 
     # (3) a batch of episodes
@@ -404,19 +405,20 @@ def main(args: Args) -> dict[str, float]:
     meta = {name: p.requires_grad_() for name, p in meta.items()}
     optimizer = torch.optim.Adam(meta.values(), lr=args.learning_rate, fused=True)
     tensor = partial(torch.as_tensor, dtype=torch.get_default_dtype(), device=device)
-    rank, num_ranks = ranks()
-    own = slice(rank * len(train_tasks) // num_ranks, (rank + 1) * len(train_tasks) // num_ranks)
+    told = tensor(train_tasks)
     sac = act = None
     if args.expert == "sac":
-        sac = SacExpert(tensor(train_tasks), obs_size, action_size, args)
+        sac = SacExpert(told, obs_size, action_size, args)
         act = sac.mean_actions
     if args.expert == "scripted":
         act = scripted_expert(envs)
-    data = Demonstrations(tensor(train_tasks)[own], act, obs_size, action_size, args)
+    rank, num_ranks = ranks()
+    own = np.array_split(np.arange(args.num_train_tasks), num_ranks)[rank]
+    sizes = {"obs": obs_size, "labels": action_size}
+    data = Demonstrations(train_tasks[own], told[own], act, sizes, args)
     if args.demos and not checkpoint:
-        data.replay.add(
-            torch.arange(len(data.tasks), device=device), tensor(rows[own]), tensor(mask[own])
-        )
+        ids = torch.arange(len(own), device=device)
+        data.replay.add(ids, tensor(rows[own]), tensor(mask[own]))
         policy.measure(data.states())
 
     with Run(args, checkpoint) as run:
@@ -450,7 +452,7 @@ def main(args: Args) -> dict[str, float]:
                     "optimizer": optimizer.state_dict(),
                     "units": dict(policy.named_buffers()),
                 }
-                run.save(own_state, tasks=torch.from_numpy(train_tasks), **state)
+                run.save(own=own_state, tasks=torch.from_numpy(train_tasks), **state)
     if run.complete:
         report(scores, test_tasks, args, episodes)
     return run.metrics
@@ -1619,23 +1621,25 @@ def scripted_expert(envs):
 class Demonstrations:
     """(2) D_i of this rank's training tasks (M, K): states, and what the expert does there, a*.
 
-    act: (obs (B, O), tasks (B, K)) -> actions (B, A), or None where there is nobody to ask.
+    act: (obs (B, O), told (B, K)) -> actions (B, A), or None where there is nobody to ask; told are
+    the tasks as a tensor on the device.
     """
 
-    def __init__(self, tasks: torch.Tensor, act, obs_size: int, action_size: int, args: Args):
+    def __init__(self, tasks: np.ndarray, told: torch.Tensor, act, sizes: dict, args: Args):
         self.tasks = tasks
+        self.told = told
         self.act = act
-        self.columns = {"obs": obs_size, "labels": action_size}
+        self.columns = sizes
         width = sum(self.columns.values())
-        self.replay = Replay(len(tasks), args.dataset_size, width, tasks.device, "--dataset-size")
+        self.replay = Replay(len(tasks), args.dataset_size, width, told.device, "--dataset-size")
 
     @torch.no_grad()
     def add(self, ids: torch.Tensor, batch: dict):
         """Label the states of episodes (N, E, T, ...) of the tasks ids (N,), and keep them."""
         valid = batch["mask"] > 0
         labels = torch.zeros_like(batch["actions"])
-        tasks = self.tasks[ids][valid.nonzero()[:, 0]]
-        labels[valid] = self.act(batch["obs"][valid], tasks).clamp(-1, 1)
+        told = self.told[ids][valid.nonzero()[:, 0]]
+        labels[valid] = self.act(batch["obs"][valid], told).clamp(-1, 1)
         self.replay.add(ids, *to_rows(batch | {"labels": labels}, self.columns))
 
     def sample(self, ids: torch.Tensor, n: int, generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,7 @@ event_file_writer._global_uid = event_file_writer.AtomicCounter(
     10**6
 )  # files of one second are sorted by it, as text
 
-SCRIPTS = ["maml_trpo", "maesn"]  # the tests about the house run on each of these
+SCRIPTS = ["maml_trpo", "maesn", "gmps", "pearl"]  # the tests about the house run on each of these
 
 # PointRobot has random starts and never ends early; an iteration of each script takes 160 steps
 TINY = {
@@ -76,7 +76,7 @@ OWN = {
     "mmaml": {"hidden_size": 8, "encoder_size": 8, "num_inner_steps": 1},
 }
 # total_timesteps: above the initial collection, or the expert and its demonstrations
-LEAST = dict.fromkeys(SCRIPTS, 1) | {"pearl": 161, "gmps": 161}
+LEAST = dict.fromkeys(SCRIPTS, 1) | {"pearl": 161, "gmps": 240}
 
 
 def to_argv(flags):
