@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=0.9", "tensorboard>=2.16", "tqdm>=4.66"]
+# dependencies = [
+#   "torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=0.9", "tensorboard>=2.16", "tqdm>=4.66",
+# ]
 # ///
 """GMPS: Guided Meta-Policy Search.
 Mendonca, Gupta, Kralev, Abbeel, Levine and Finn, NeurIPS 2019, arXiv 1904.00956.
@@ -371,7 +373,7 @@ def evaluate(meta, tasks, policy, args) -> tuple[dict, dict]:
 def main(args: Args) -> dict[str, float]:
     """Train, resume or only evaluate; returns the last value of every eval/* and charts/* tag."""
     args, device, checkpoint = setup(args)
-    check(args)
+    check_flags(args)
     envs, train_tasks, test_tasks = make_tasks(args)
     if isinstance(envs.single_action_space, gym.spaces.Discrete):
         fail(f"{args.env_id} has Discrete actions; gmps.py needs Box")
@@ -1467,10 +1469,10 @@ def from_rows(rows: torch.Tensor, columns: dict[str, int]) -> dict[str, torch.Te
 class Replay:
     """Per task the last `capacity` transitions, each a row of `width` numbers, on the device.
 
-    A rank keeps those of its own tasks. flag: what sets the capacity.
+    A rank keeps those of its own tasks. flag: the one that sets the capacity.
     """
 
-    def __init__(self, num_tasks, capacity, width, device, flag="--replay-size"):
+    def __init__(self, num_tasks, capacity, width, device, flag: str):
         self.capacity = capacity
         self.bytes = num_tasks * capacity * width * torch.get_default_dtype().itemsize
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -1688,7 +1690,7 @@ def load_demos(path: str, obs_size: int, action_size: int, task_shape: tuple) ->
     return tasks, rows, mask
 
 
-def check(args):
+def check_flags(args):
     """End the program if flags exclude each other."""
     if args.num_train_tasks < args.meta_batch_size:
         few = f"less than --meta-batch-size {args.meta_batch_size}, and every task needs an expert"
