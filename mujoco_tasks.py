@@ -19,7 +19,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-MUJOCO_FAMILIES = {  # model, frame skip, leading qpos that are not observed, noise of the start, control cost
+MUJOCO_FAMILIES = {  # model, frame skip, leading qpos not observed, noise of the start, control cost
     "HalfCheetahDir-v0": ("half_cheetah", 5, 1, 0.1, 0.05),
     "HalfCheetahVel-v0": ("half_cheetah", 5, 1, 0.1, 0.05),
     "AntDir-v0": ("ant", 5, 2, 0.1, 0.5),
@@ -29,43 +29,44 @@ MUJOCO_FAMILIES = {  # model, frame skip, leading qpos that are not observed, no
     "Walker2dRandParams-v0": ("walker2d", 4, 1, 0.005, 0.001),
     "HopperRandParams-v0": ("hopper", 4, 1, 0.005, 0.001),
 }
+# the model's arrays that a task of *RandParams scales, and the base of its factors
+VARIED = {"body_mass": 1.5, "body_inertia": 1.5, "geom_friction": 1.5, "dof_damping": 1.3}
 
 
 class MujocoEnvs(gym.vector.VectorEnv):
-    """tasks: (n, 1) direction, velocity or angle; (n, 2) goal; or (n, F) factors on a model's dynamics."""
+    """Lanes of a family; reset puts lane i in task i, a lane that has ended stays put and pays 0.
+
+    tasks: (n, 1) direction, velocity or angle; (n, 2) goal; or (n, F) factors on a model's dynamics.
+    """
 
     metadata: ClassVar = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
-    horizon, num_modes = 200, 0
+    horizon = 200
 
     def __init__(self, env_id: str, num_envs: int):
         import mujoco.rollout
 
         self.env_id = env_id
         self.num_envs = num_envs
-        self.name, self.frame_skip, self.hidden, self.noise, self.control_cost = MUJOCO_FAMILIES[
-            env_id
-        ]
-        self.model = mujoco.MjModel.from_xml_path(
-            f"{Path(gym.__file__).parent}/envs/mujoco/assets/{self.name}.xml"
-        )
-        self.varies = {}  # the model's arrays that a task scales, and the base of its factors
-        if env_id.endswith("RandParams-v0"):
-            self.varies = {
-                "body_mass": 1.5,
-                "body_inertia": 1.5,
-                "geom_friction": 1.5,
-                "dof_damping": 1.3,
-            }
+        model, skip, hidden, noise, control_cost = MUJOCO_FAMILIES[env_id]
+        self.frame_skip = skip
+        self.hidden = hidden
+        self.noise = noise
+        self.control_cost = control_cost
+        self.name = model
+        assets = Path(gym.__file__).parent / "envs" / "mujoco" / "assets"
+        self.model = mujoco.MjModel.from_xml_path(str(assets / f"{model}.xml"))
+        self.varies = env_id.endswith("RandParams-v0")
+        if self.varies:
             self.model.opt.timestep = 0.004  # the original's, with its frame skip of 4
-        obs_size = self.model.nq + self.model.nv - self.hidden
+        obs_size = self.model.nq + self.model.nv - hidden
         self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_size,), np.float64)
         self.single_action_space = gym.spaces.Box(-1, 1, (self.model.nu,), np.float64)
         threads = torch.get_num_threads()
         self.pool = mujoco.rollout.Rollout(nthread=threads)
         self.data = [mujoco.MjData(self.model) for _ in range(threads)]
-        self.models = [
-            copy.copy(self.model) if self.varies else self.model for _ in range(self.num_envs)
-        ]
+        self.models = [self.model] * num_envs
+        if self.varies:
+            self.models = [copy.copy(self.model) for _ in range(num_envs)]
 
     def sample_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
         if self.env_id == "HalfCheetahDir-v0":
@@ -75,55 +76,63 @@ class MujocoEnvs(gym.vector.VectorEnv):
         if self.env_id.endswith("Dir-v0"):
             return rng.uniform(0, 2 * np.pi, (n, 1))
         if self.varies:
-            bases = np.concatenate(
-                [np.full(getattr(self.model, name).size, b) for name, b in self.varies.items()]
-            )
+            sizes = [getattr(self.model, name).size for name in VARIED]
+            bases = np.repeat([*VARIED.values()], sizes)
             return bases ** rng.uniform(-3, 3, (n, len(bases)))
-        half = (
-            self.env_id == "SparseAntGoal-v0"
-        )  # a half circle of radius 2; AntGoal: a disc of radius 3
-        angle, radius = (
-            rng.uniform(0, np.pi if half else 2 * np.pi, n),
-            2 if half else 3 * rng.uniform(size=n) ** 0.5,
-        )
+        if self.env_id == "SparseAntGoal-v0":  # a half circle of radius 2
+            angle = rng.uniform(0, np.pi, n)
+            radius = np.full(n, 2.0)
+        else:  # a disc of radius 3
+            angle = rng.uniform(0, 2 * np.pi, n)
+            radius = 3 * rng.uniform(size=n) ** 0.5
         return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        rng, nq, nv = np.random.default_rng(seed), self.model.nq, self.model.nv
+        rng = np.random.default_rng(seed)
+        nq, nv = self.model.nq, self.model.nv
         noise = rng.uniform(-self.noise, self.noise, (self.num_envs, nq + nv))
         if self.name in ("half_cheetah", "ant"):
             noise[:, nq:] = self.noise * rng.normal(size=(self.num_envs, nv))
         start = np.concatenate([[0.0], self.model.qpos0, np.zeros(nv)])  # time, qpos, qvel
         self.state = start + np.pad(noise, ((0, 0), (1, 0)))
-        self.tasks, self.ended = options["task"], np.zeros(self.num_envs, bool)
-        for model, task in zip(self.models, self.tasks, strict=True) if self.varies else ():
-            for name in self.varies:
-                original = getattr(
-                    self.model, name
-                )  # arrays of models are views: scale the original, into the copy
-                getattr(model, name)[:] = original * task[: original.size].reshape(original.shape)
-                task = task[original.size :]
+        self.tasks = options["task"]
+        self.ended = np.zeros(self.num_envs, bool)
+        if self.varies:
+            for model, task in zip(self.models, self.tasks, strict=True):
+                self._scale(model, task)
         return self._obs(), {}
 
+    def _scale(self, model, factors: np.ndarray):
+        """The original's arrays times the factors of a task, into its copy."""
+        for name in VARIED:
+            original = getattr(self.model, name)
+            own = factors[: original.size].reshape(original.shape)
+            getattr(model, name)[:] = original * own  # arrays of models are views
+            factors = factors[original.size :]
+
     def step(self, actions: np.ndarray):
-        alive, (low, high) = np.flatnonzero(~self.ended), self.model.actuator_ctrlrange.T
-        control, models = (
-            low + (np.clip(actions, -1, 1) + 1) / 2 * (high - low),
-            [self.models[i] for i in alive],
-        )
-        states, _ = self.pool.rollout(
-            models, self.data, self.state[alive], control[alive, None], nstep=self.frame_skip
-        )
-        before, self.state[alive] = self.state[:, 1:3].copy(), states[:, -1]
-        velocity = (self.state[:, 1:3] - before) / (self.frame_skip * self.model.opt.timestep)
+        alive = np.flatnonzero(~self.ended)
+        low, high = self.model.actuator_ctrlrange.T
+        control = low + (np.clip(actions, -1, 1) + 1) / 2 * (high - low)
+        before = self.state[:, 1:3].copy()
+        models = [self.models[i] for i in alive]
+        start, steps = self.state[alive], self.frame_skip
+        states, _ = self.pool.rollout(models, self.data, start, control[alive, None], nstep=steps)
+        self.state[alive] = states[:, -1]
+        velocity = (self.state[:, 1:3] - before) / (steps * self.model.opt.timestep)
         reward, healthy, info = self._judge(velocity)
         reward = np.where(self.ended, 0, reward - self.control_cost * (control**2).sum(axis=1))
         self.ended = self.ended | ~healthy
         return self._obs(), reward, self.ended, np.zeros(self.num_envs, bool), info
 
     def _judge(self, velocity: np.ndarray):
-        """Reward without the cost of control, whether the lane goes on, and info; velocity (B, 2) of the root."""
-        (x_velocity, y_velocity), qpos, task = velocity.T, self.state[:, 1:], self.tasks.T
+        """Reward without the cost of control, whether the lane goes on, and info.
+
+        velocity: (B, 2), of the root.
+        """
+        x_velocity, y_velocity = velocity.T
+        qpos = self.state[:, 1:]
+        task = self.tasks.T
         healthy = np.ones(self.num_envs, bool)
         if self.env_id == "HalfCheetahDir-v0":
             return task[0] * x_velocity, healthy, {}
@@ -131,22 +140,24 @@ class MujocoEnvs(gym.vector.VectorEnv):
             return -np.abs(x_velocity - task[0]), healthy, {}
         if self.env_id.endswith("Goal-v0"):
             offset = qpos[:, :2] - self.tasks
+            reward = -np.abs(offset).sum(axis=1)
+            if self.env_id == "AntGoal-v0":
+                return reward, healthy, {}
             distance = np.linalg.norm(offset, axis=1)
             hit = distance <= 0.8
-            info = {"sparse_reward": np.where(hit, 1 - distance / 0.8, 0), "success": hit}
-            return (
-                -np.abs(offset).sum(axis=1),
-                healthy,
-                info if self.env_id.startswith("Sparse") else {},
-            )
-        if self.env_id.endswith("RandParams-v0"):
-            z, pitch = qpos[:, 1], np.abs(qpos[:, 2])
-            walker = self.name == "walker2d"
-            healthy = (0.8 < z) & (z < 2) & (pitch < 1) if walker else (0.7 < z) & (pitch < 0.2)
-            return x_velocity + 1, healthy & (walker | (np.abs(qpos[:, 2:]) < 100).all(axis=1)), {}
-        gain, survival, low, high = (1, 1, 0.2, 1) if self.name == "ant" else (1.25, 5, 1, 2)
+            sparse = np.where(hit, 1 - distance / 0.8, 0)
+            return reward, healthy, {"sparse_reward": sparse, "success": hit}
+        if self.name == "walker2d":
+            height, pitch = qpos[:, 1], np.abs(qpos[:, 2])
+            return x_velocity + 1, (0.8 < height) & (height < 2) & (pitch < 1), {}
+        if self.name == "hopper":
+            healthy = (0.7 < qpos[:, 1]) & (np.abs(qpos[:, 2]) < 0.2)
+            return x_velocity + 1, healthy & (np.abs(qpos[:, 2:]) < 100).all(axis=1), {}
         speed = x_velocity * np.cos(task[0]) + y_velocity * np.sin(task[0])
-        return gain * speed + survival, (low <= qpos[:, 2]) & (qpos[:, 2] <= high), {}
+        height = qpos[:, 2]
+        if self.name == "ant":
+            return speed + 1, (0.2 <= height) & (height <= 1), {}
+        return 1.25 * speed + 5, (1 <= height) & (height <= 2), {}  # humanoid
 
     def _obs(self) -> np.ndarray:
         obs = self.state[:, 1 + self.hidden :].copy()

@@ -1,13 +1,18 @@
 """The MuJoCo families against gymnasium's v5 environments: same state, same actions, step by step."""
 
+import sys
+
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
-from maml_trpo import MUJOCO_FAMILIES, make_envs
+from maml_trpo import make_envs
+from mujoco_tasks import MUJOCO_FAMILIES, MujocoEnvs
 
 POSITIONS_AND_VELOCITIES = {
-    f"include_{name}_in_observation": False for name in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")
+    f"include_{name}_in_observation": False
+    for name in ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")
 }
 ANT = {"include_cfrc_ext_in_observation": False}
 V5 = {  # the environment whose observations, ends and dynamics a family has
@@ -16,7 +21,8 @@ V5 = {  # the environment whose observations, ends and dynamics a family has
     "AntDir-v0": ("Ant-v5", ANT),
     "AntGoal-v0": (
         "Ant-v5",
-        ANT | {"exclude_current_positions_from_observation": False, "terminate_when_unhealthy": False},
+        ANT
+        | {"exclude_current_positions_from_observation": False, "terminate_when_unhealthy": False},
     ),
     "HumanoidDir-v0": ("Humanoid-v5", POSITIONS_AND_VELOCITIES),
     "Walker2dRandParams-v0": ("Walker2d-v5", {"xml_file": "walker2d.xml", "frame_skip": 4}),
@@ -46,12 +52,18 @@ def env_id(request):
     return request.param
 
 
+def actions_shape(envs):
+    return (envs.num_envs, *envs.single_action_space.shape)
+
+
 def drive(envs, tasks, steps=10, seed=3, scale=1.0):
     """Observations, rewards and ends of a few steps of random actions."""
     rng, (obs, _) = np.random.default_rng(seed), envs.reset(seed=seed, options={"task": tasks})
     results = [obs]
     for _ in range(steps):
-        obs, reward, terminated, truncated, _ = envs.step(scale * rng.uniform(-1, 1, envs.action_space.shape))
+        obs, reward, terminated, truncated, _ = envs.step(
+            scale * rng.uniform(-1, 1, actions_shape(envs))
+        )
         assert not truncated.any()
         results += [obs, reward, terminated]
     return results
@@ -64,7 +76,7 @@ def same(a, b):
 def test_agrees_with_gymnasium(env_id):
     """Until the reference ends, or for 30 steps; the varied families with a task of their own in the reference."""
     name, settings = V5[env_id]
-    envs, rng, lane = make_envs(env_id, 3, 1), np.random.default_rng(0), 1
+    envs, rng, lane = make_envs(env_id, 3), np.random.default_rng(0), 1
     tasks = envs.sample_tasks(3, rng)
     obs, _ = envs.reset(seed=1, options={"task": tasks})
     reference = gym.make(name, **settings).unwrapped
@@ -72,7 +84,12 @@ def test_agrees_with_gymnasium(env_id):
     if env_id in VARIED:
         reference.model.opt.timestep = 0.004
         start = 0
-        for array, base in (("body_mass", 1.5), ("body_inertia", 1.5), ("geom_friction", 1.5), ("dof_damping", 1.3)):
+        for array, base in (
+            ("body_mass", 1.5),
+            ("body_inertia", 1.5),
+            ("geom_friction", 1.5),
+            ("dof_damping", 1.3),
+        ):
             values = getattr(reference.model, array)
             factors = tasks[lane, start : start + values.size].reshape(values.shape)
             assert (factors >= base**-3).all() and (factors <= base**3).all()
@@ -88,8 +105,10 @@ def test_agrees_with_gymnasium(env_id):
     compared = 0
     while compared < 30:
         compared += 1
-        actions, before = rng.uniform(-1, 1, envs.action_space.shape), reference.data.qpos[:2].copy()
-        expected_obs, _, expected_end, _, info = reference.step(low + (actions[lane] + 1) / 2 * (high - low))
+        actions, before = rng.uniform(-1, 1, actions_shape(envs)), reference.data.qpos[:2].copy()
+        expected_obs, _, expected_end, _, info = reference.step(
+            low + (actions[lane] + 1) / 2 * (high - low)
+        )
         obs, reward, terminated, _, _ = envs.step(actions)
         velocity = (reference.data.qpos[:2] - before) / reference.dt
         expected = expected_reward(env_id, tasks[lane], velocity, reference.data.qpos[:2], info)
@@ -104,7 +123,7 @@ def test_agrees_with_gymnasium(env_id):
 def test_ends_where_gymnasium_does(env_id):
     """Healthy or not, on the edge of each range, in one step without forces."""
     name, settings = V5[env_id]
-    reference, envs = gym.make(name, **settings).unwrapped, make_envs(env_id, 40, 1)
+    reference, envs = gym.make(name, **settings).unwrapped, make_envs(env_id, 40)
     tasks = envs.sample_tasks(40, np.random.default_rng(0))
     if env_id in VARIED:
         tasks[:], reference.model.opt.timestep = 1, 0.004
@@ -113,9 +132,12 @@ def test_ends_where_gymnasium_does(env_id):
     nq, root = reference.model.nq, 2 if reference.model.nq > 9 else 1
     envs.state[:, 1 + root] = np.linspace(0.1, 2.1, 40)  # height
     if nq <= 9:
-        envs.state[20:, 1 + root], envs.state[20:, 2 + root] = 1.25, np.linspace(-1.2, 1.2, 20)  # pitch
+        envs.state[20:, 1 + root], envs.state[20:, 2 + root] = (
+            1.25,
+            np.linspace(-1.2, 1.2, 20),
+        )  # pitch
     starts = envs.state.copy()
-    _, _, terminated, _, _ = envs.step(np.zeros(envs.action_space.shape))
+    _, _, terminated, _, _ = envs.step(np.zeros(actions_shape(envs)))
     expected = []
     for start in starts:
         reference.set_state(start[1 : 1 + nq], start[1 + nq :])
@@ -126,20 +148,21 @@ def test_ends_where_gymnasium_does(env_id):
     )
 
 
-def test_threads_and_lanes_do_not_matter(env_id):
-    """One thread or two, all lanes or a slice, give the same bits."""
-    envs = make_envs(env_id, 6, 1)
+def test_threads_do_not_matter(env_id):
+    """One thread or two give the same bits."""
+    envs = MujocoEnvs(env_id, 6)
     tasks = envs.sample_tasks(6, np.random.default_rng(0))
     expected = drive(envs, tasks)
-    assert same(drive(make_envs(env_id, 6, 2), tasks), expected)
-    part = make_envs(env_id, 6, 1, slice(2, 5))
-    part.reset(seed=3, options={"task": tasks[2:5]})
-    np.testing.assert_array_equal(part._obs(), expected[0][2:5])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    two = MujocoEnvs(env_id, 6)
+    torch.set_num_threads(threads)
+    assert len(two.data) == 2 and same(drive(two, tasks), expected)
 
 
 def test_a_task_leaves_nothing_behind(env_id):
     """Tasks A, B, A: the second A is the first, and B is another."""
-    envs = make_envs(env_id, 4, 1)
+    envs = make_envs(env_id, 4)
     a, b = (envs.sample_tasks(4, np.random.default_rng(i)) for i in (0, 1))
     if env_id == "HalfCheetahDir-v0":
         b = -a
@@ -150,12 +173,12 @@ def test_a_task_leaves_nothing_behind(env_id):
 @pytest.mark.parametrize("env_id", ["AntDir-v0", "HumanoidDir-v0", *VARIED])
 def test_ended_lanes_stay(env_id):
     """A lane that is too high, or leans too far, ends; it stays where it is and pays nothing, and the others go on."""
-    envs = make_envs(env_id, 4, 1)
+    envs = make_envs(env_id, 4)
     envs.reset(seed=0, options={"task": envs.sample_tasks(4, np.random.default_rng(0))})
     envs.state[0, 3] = 1.5 if env_id in VARIED else 5
-    obs, reward, terminated, _, _ = envs.step(np.zeros(envs.action_space.shape))
+    obs, reward, terminated, _, _ = envs.step(np.zeros(actions_shape(envs)))
     assert terminated.tolist() == [True, False, False, False] and reward[0] != 0
-    later, reward, terminated, _, _ = envs.step(np.ones(envs.action_space.shape))
+    later, reward, terminated, _, _ = envs.step(np.ones(actions_shape(envs)))
     assert reward[0] == 0 and (reward[1:] != 0).all() and terminated[0]
     np.testing.assert_array_equal(later[0], obs[0])
     assert (later[1:] != obs[1:]).any(axis=1).all()
@@ -163,25 +186,50 @@ def test_ended_lanes_stay(env_id):
 
 def test_sparse_ant_goal():
     """Sparse reward and success on the disc of radius 0.8 around the goal, and there alone."""
-    envs = make_envs("SparseAntGoal-v0", 3, 1)
+    envs = make_envs("SparseAntGoal-v0", 3)
     tasks = envs.sample_tasks(3, np.random.default_rng(0))
     np.testing.assert_allclose(np.linalg.norm(tasks, axis=1), 2)
     assert (tasks[:, 1] > 0).all()
     envs.reset(seed=0, options={"task": tasks})
     envs.state[:2, 1:3] = tasks[:2] + np.array([[0, 0], [0.4, 0.4]])
-    _, _, _, _, info = envs.step(np.zeros(envs.action_space.shape))
+    _, _, _, _, info = envs.step(np.zeros(actions_shape(envs)))
     distance = np.linalg.norm(envs.state[:, 1:3] - tasks, axis=1)
     assert info["success"].tolist() == [True, True, False]
-    np.testing.assert_allclose(info["sparse_reward"], np.where(distance < 0.8, 1 - distance / 0.8, 0))
+    np.testing.assert_allclose(
+        info["sparse_reward"], np.where(distance < 0.8, 1 - distance / 0.8, 0)
+    )
 
 
 def test_task_distributions():
-    draw = {env_id: make_envs(env_id, 1, 1).sample_tasks(2000, np.random.default_rng(0)) for env_id in MUJOCO_FAMILIES}
+    draw = {
+        env_id: make_envs(env_id, 1).sample_tasks(2000, np.random.default_rng(0))
+        for env_id in MUJOCO_FAMILIES
+    }
     assert draw["HalfCheetahDir-v0"][:3, 0].tolist() == [1, -1, 1]
     velocity = draw["HalfCheetahVel-v0"]
     assert 0 <= velocity.min() < 0.01 and 2.99 < velocity.max() <= 3
     for env_id in ("AntDir-v0", "HumanoidDir-v0"):
         assert 0 <= draw[env_id].min() < 0.02 and 6.26 < draw[env_id].max() <= 2 * np.pi
     radius = np.linalg.norm(draw["AntGoal-v0"], axis=1)
-    assert radius.max() <= 3 and np.mean(radius < 1.5) == pytest.approx(0.25, abs=0.04)  # uniform on the disc
-    assert draw["Walker2dRandParams-v0"].shape[1] == 65 and draw["HopperRandParams-v0"].shape[1] == 41
+    assert radius.max() <= 3 and np.mean(radius < 1.5) == pytest.approx(
+        0.25, abs=0.04
+    )  # uniform on the disc
+    assert (
+        draw["Walker2dRandParams-v0"].shape[1] == 65 and draw["HopperRandParams-v0"].shape[1] == 41
+    )
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    """The file, or the package that it needs."""
+    make_envs.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "mujoco", None)
+        with pytest.raises(
+            SystemExit, match=r"^error: no tasks HalfCheetahVel-v0: .*pip install mujoco$"
+        ):
+            make_envs("HalfCheetahVel-v0")
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.delitem(sys.modules, "mujoco_tasks")
+    line = r"^error: no tasks HalfCheetahVel-v0: .* mujoco_tasks.py beside the script$"
+    with pytest.raises(SystemExit, match=line):
+        make_envs("HalfCheetahVel-v0")
