@@ -1,6 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=0.9", "tensorboard>=2.16", "tqdm>=4.66"]
+# dependencies = [
+#   "torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=0.9", "tensorboard>=2.16", "tqdm>=4.66",
+# ]
 # ///
 """PEARL: Efficient Off-Policy Meta-Reinforcement Learning via Probabilistic Context Variables.
 Rakelly, Zhou, Quillen, Finn and Levine, ICML 2019, arXiv 1903.08254, Algorithms 1 and 2.
@@ -177,10 +179,9 @@ def kl_to_prior(mean, variance) -> torch.Tensor:
 
 
 class Experience:
-    """A replay for each of this rank's training tasks (M, K), and the part that is its context.
+    """A replay of each of this rank's training tasks (M, K), and which part of it is its context.
 
-    window (M, 2): where the context starts in the replay, and its length. At most `longest` of its
-    rows count.
+    window (M, 2): first row and number of rows of the context; the first `longest` of them count.
     """
 
     def __init__(self, tasks: np.ndarray, agent: Agent, args: Args):
@@ -188,12 +189,13 @@ class Experience:
         device = next(agent.parameters()).device
         self.tasks = tasks
         self.columns = agent.columns
-        self.replay = Replay(len(tasks), args.replay_size, sum(self.columns.values()), device)
+        width = sum(self.columns.values())
+        self.replay = Replay(len(tasks), args.replay_size, width, device, "--replay-size")
         self.window = torch.zeros(len(tasks), 2, dtype=torch.long, device=device)
         self.longest = max(at_first, prior + posterior, args.context_window)
 
     def draw_context(self, ids, generator, args) -> tuple[torch.Tensor, torch.Tensor]:
-        """Different segments, runs of rows, of each context, (N, C, W), and their mask (N, C)."""
+        """Different segments of each context, runs of rows, (N, C, W); and their mask (N, C)."""
         device = self.window.device
         first, length = self.window[ids].unbind(1)
         starts = torch.arange(0, self.longest, args.context_segment, device=device)
@@ -249,8 +251,7 @@ def explore(phases, ids, experience, reach, key, agent, args) -> list[dict]:
     """
     replay, window = experience.replay, experience.window
     tasks = experience.tasks[ids.cpu().numpy()]
-    window[ids, 0] = replay.count[ids]
-    window[ids, 1] = 0
+    window[ids] = torch.stack([replay.count[ids], torch.zeros_like(ids)], 1)
     rounds = []
     for phase in phases:
         steps = getattr(args, f"{phase}_steps") * len(ids) * ranks()[1]
@@ -305,7 +306,7 @@ def gradient_step(agent, optimizers, batch, context, mask, noise, args) -> torch
 
 
 def gradient_steps(agent, optimizers, experience, times, lr, key, args) -> dict[str, float]:
-    """(2)-(6) So many steps of the size lr; key: of the draws. Returns the means of losses/*."""
+    """(2)-(6) `times` steps with step size lr; key: of the draws. Returns losses/*, their means."""
     generator = torch_generator(experience.window.device, args.seed, *key)
     for optimizer in optimizers.values():
         optimizer.param_groups[0]["lr"] = lr
@@ -363,15 +364,15 @@ def main(args: Args) -> dict[str, float]:
         scores, episodes = evaluate(test_tasks, agent, args)
         return report(scores, test_tasks, args, episodes)
 
-    # this rank's tasks; the initial collection takes the first iterations, gradient steps its last
+    # this rank's tasks, and the optimizers; the encoder learns with the critics
     rank, num_ranks = ranks()
     experience = Experience(train_tasks[rank::num_ranks], agent, args)
     num_tasks = len(experience.tasks)
     num_picked = args.picked_tasks // num_ranks
-    first = math.ceil(num_tasks / num_picked)
+    first = math.ceil(num_tasks / num_picked)  # iterations of the initial collection
     adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=args.cuda)
-    learns_z = [*agent.sac.critics.parameters(), *agent.encoder.parameters()]
-    optimizers = {"critics": adam(learns_z), "actor": adam(agent.sac.actor.parameters())}
+    critics = [*agent.sac.critics.parameters(), *agent.encoder.parameters()]
+    optimizers = {"critics": adam(critics), "actor": adam(agent.sac.actor.parameters())}
 
     with Run(args, checkpoint) as run:
         if checkpoint:
@@ -398,12 +399,12 @@ def main(args: Args) -> dict[str, float]:
             run.global_step += num_steps(rounds)
             run.lap("collect")
 
-            # (2)-(6) gradient steps
+            # (2)-(6) gradient steps, from the end of the initial collection on
             losses = {}
             if run.iteration >= first:
                 times = args.warmup_gradient_steps if warming_up else args.gradient_steps
-                left = max(0, 1 - run.global_step / args.total_timesteps) if args.anneal else 1
-                lr = left * args.learning_rate
+                left = max(0, 1 - run.global_step / args.total_timesteps)
+                lr = args.learning_rate * (left if args.anneal else 1)
                 key = run.key("update")
                 losses = gradient_steps(agent, optimizers, experience, times, lr, key, args)
             run.lap("update")
@@ -1335,10 +1336,10 @@ def from_rows(rows: torch.Tensor, columns: dict[str, int]) -> dict[str, torch.Te
 class Replay:
     """Per task the last `capacity` transitions, each a row of `width` numbers, on the device.
 
-    A rank keeps those of its own tasks. flag: what sets the capacity.
+    A rank keeps those of its own tasks. flag: the one that sets the capacity.
     """
 
-    def __init__(self, num_tasks, capacity, width, device, flag="--replay-size"):
+    def __init__(self, num_tasks, capacity, width, device, flag: str):
         self.capacity = capacity
         self.bytes = num_tasks * capacity * width * torch.get_default_dtype().itemsize
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -1387,7 +1388,7 @@ class Replay:
 # <<< shared: sac
 
 # ==================================================================================================
-# Housework of this script alone.
+# Defaults by the kind of tasks and checks of flags, which only this script has.
 # ==================================================================================================
 
 BY_KIND = {  # what a flag is if it is not given: on SparsePointRobot-v0, on other points, elsewhere
@@ -1432,7 +1433,7 @@ def by_kind(args: Args) -> Args:
 
 
 def whole_rounds(args) -> list[int]:
-    """Steps per task of the initial, prior, posterior and extra phase, in whole rounds of episodes."""
+    """Steps per task in the initial, prior, posterior and extra phase: whole rounds of episodes."""
     length = args.episodes_per_task * args.horizon
     phases = [args.initial_steps, args.prior_steps, args.posterior_steps, args.extra_steps]
     return [math.ceil(steps / length) * length for steps in phases]

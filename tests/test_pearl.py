@@ -363,7 +363,7 @@ def fill(replay, lengths):
 
 
 def test_replay():
-    replay, generator = module.Replay(3, 10, 2, CPU), torch.Generator().manual_seed(0)
+    replay, generator = module.Replay(3, 10, 2, CPU, "--size"), torch.Generator().manual_seed(0)
     fill(replay, [4, 7, 10])
     ids = torch.tensor([2, 0])
     for _ in range(3):
@@ -380,7 +380,7 @@ def test_replay():
     kept = replay.gather(torch.tensor([2]), torch.arange(3, 13)[None])[0, :, 1].tolist()
     assert kept == [3, 4, 5, 6, 7, 8, 9, 1, 5, 7]
     assert set(replay.sample(ids[:1], 400, generator)[0, :, 1].tolist()) == set(kept)
-    again = module.Replay(3, 10, 2, CPU)
+    again = module.Replay(3, 10, 2, CPU, "--size")
     again.load(replay.state())
     assert torch.equal(again.rows, replay.rows) and torch.equal(again.count, replay.count)
     assert len(replay.state()["rows"]) == 5 + 7 + 10
@@ -410,7 +410,7 @@ def filled_experience(lengths, window, longest):
     torch.manual_seed(0)
     args = settings(num_train_tasks=len(lengths))
     experience = module.Experience(np.zeros((len(lengths), 2)), module.Agent(2, 2, args), args)
-    experience.replay = module.Replay(len(lengths), 40, 2, CPU)
+    experience.replay = module.Replay(len(lengths), 40, 2, CPU, "--size")
     fill(experience.replay, lengths)
     experience.window = torch.tensor(window)
     experience.longest = longest
