@@ -1,35 +1,40 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=0.9", "tensorboard>=2.16", "tqdm>=4.66",
+# ]
+# ///
 """MMAML: Multimodal Model-Agnostic Meta-Learning via Task-Aware Modulation.
 Vuorio, Sun, Hu and Lim, NeurIPS 2019, arXiv 1910.13616, its reinforcement learning part, on top of
-ProMP: Proximal Meta-Policy Search, Rothfuss, Lee, Clavera, Asfour and Abbeel, ICLR 2019, arXiv 1810.06784.
+ProMP: Proximal Meta-Policy Search, Rothfuss et al., ICLR 2019, arXiv 1810.06784.
 
-One set of initial parameters θ is a poor start for tasks of several modes. So a network looks at episodes of the task,
-and says how to modulate the policy's layers, τ: h = tanh((W x + b) (1 + γ) + β), unit by unit, τ = (γ, β). What it has
-set is then fine-tuned by gradient steps. Each iteration:
+One set of initial parameters θ is a poor start for tasks of several modes. So a network looks at
+episodes of the task and says how to modulate the policy's layers, τ = (γ, β), unit by unit:
+h = tanh((W x + b) (1 + γ) + β). Gradient steps then fine-tune the modulated policy. Each iteration:
 
 (1) Draw a meta-batch of N tasks from the training distribution.
 (2) Collect E episodes in every task i with the policy of θ, unmodulated: τ = 0.
-(3) Embed: a recurrent network reads each episode, a task's embedding is made of the mean over its episodes, and τ_i is
-    linear in it. τ_i then stays as it is for the rest of the iteration.
-(4) Adapt: one gradient step per task, θ_i ← θ_i - α ∇L_i(θ_i), on the likelihood-ratio loss of the latest episodes,
-    under the modulation that they were collected with: none in the first step.
-(5) Collect E episodes in every task with the adapted and modulated policy, (θ_i, τ_i). Repeat (4), (5) K times.
-(6) Meta-loss (ProMP): the clipped surrogate of the last episodes, and a KL penalty that keeps the policies of all
-    earlier ones near those that collected. Step (Adam) on θ and the network, through (3) and all (4), for some epochs.
+(3) Embed: a recurrent network reads each episode, and their mean makes the task's embedding. τ_i is
+    linear in that, and stays as it is for the rest of the iteration.
+(4) Adapt: one gradient step per task, θ_i ← θ_i - α ∇L_i(θ_i), on the likelihood-ratio loss of the
+    latest episodes, under the modulation that they were collected with: none in the first step.
+(5) Collect E episodes in every task with the policy (θ_i, τ_i). Repeat (4) and (5) K times.
+(6) Meta-loss (ProMP): the clipped surrogate of the last episodes, and KLs that keep the policies of
+    the earlier ones where they were. Steps of Adam on θ and the network, through (3) and all (4).
 (7) Meta-test: (2)-(5) on held-out tasks, the return before and after every adaptation step.
 
 Train:     python mmaml.py
 Resume:    python mmaml.py --resume runs/NAME
 Evaluate:  python mmaml.py --evaluate runs/NAME
 
-ProMP is --no-modulation; --oracle-mode is told the mode of a task. Differs from the paper's code in: scale and shift
-(--modulation scale is its choice), episodes read in full, normalised inputs and embeddings, step sizes of Adam that
-follow the clipped share. The whole list: docs/mmaml.md.
+ProMP is --no-modulation; --oracle-mode is told a task's mode. Differs from the paper's code in:
+shifts (--modulation scale: none), whole episodes, normalised inputs and embeddings, step sizes of
+Adam that follow the clipped share. The whole list: docs/mmaml.md.
 """
 
 from __future__ import annotations
 
 import atexit
-import copy
 import difflib
 import importlib.util
 import math
@@ -37,543 +42,426 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import zipfile
 import zlib
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import ClassVar, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import ClassVar, Literal, NoReturn
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback, during these imports too
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends quietly, during these imports too
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
 import tyro
-from gymnasium.vector.utils import batch_space
-from torch.distributions import Independent, Normal, kl_divergence
+from torch.distributions import Categorical, Independent, Normal, kl_divergence
 from torch.func import functional_call, grad, vmap
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
+# fmt: off
 @dataclass
 class Args:
-    exp_name: str = "mmaml"
-    """name of the experiment, part of the run's folder"""
-    env_id: str = "MultimodalNavigation4-v0"
-    """task family: one of the suite (docs/tasks.md), or module:Id-v0 for your own"""
-    seed: int = 1
-    """seed of the initial parameters, episodes and action noise"""
-    task_seed: int = 0
-    """seed of the task draws: training and held-out tasks depend on nothing else"""
-    total_timesteps: int = 18_000_000
-    """environment steps of training, adaptation episodes included, meta-test excluded"""
-    meta_batch_size: int = 20
-    """N, tasks per iteration"""
-    episodes_per_task: int = 10
-    """E, episodes per task in each phase of an iteration: before adaptation, and after every inner step"""
-    horizon: int = 0
-    """T, steps per episode at most (0: the family's own)"""
-    num_train_tasks: int = 0
-    """size of a fixed set of training tasks (0: fresh draws in every iteration)"""
-    num_test_tasks: int | None = None
-    """held-out tasks of the meta-test (unset: 200 on the point families, 40 elsewhere)"""
-    num_eval_steps: int = 2
-    """adaptation steps at meta-test"""
-    eval_episodes: int | None = None
-    """episodes per task before each adaptation step at meta-test (unset: episodes_per_task)"""
-    deterministic_eval: bool = False
-    """score with the mean action instead of sampled ones"""
-    train_reward: Literal["dense", "sparse"] = "dense"
-    """reward of meta-training, dense or sparse"""
-    test_reward: Literal["dense", "sparse"] = "dense"
-    """reward of the meta-test, dense or sparse"""
-    gamma: float = 0.99
-    """discount per step"""
-    cuda: bool = False
-    """compute on the GPU (these networks are small: two or three times as fast at best)"""
-    torch_deterministic: bool = True
-    """use deterministic kernels only"""
-    num_threads: int = 0
-    """CPU threads of torch and of the simulator (0: all cores)"""
-    eval_every: int = 50
-    """iterations between meta-tests"""
-    checkpoint_every: int = 10
-    """iterations between checkpoints"""
-    resume: str = ""
-    """folder of the run to go on with, from its last checkpoint"""
-    evaluate: str = ""
-    """folder of the run to meta-test, without training"""
+    exp_name: str = "mmaml"  # name of the experiment, part of the run's folder
+    env_id: str = "MultimodalNavigation4-v0"  # task family: one of docs/tasks.md, or module:Id-v0 for your own
+    seed: int = 1  # seed of the initial parameters, episodes and action noise
+    task_seed: int = 0  # seed of the task draws: training and held-out tasks depend on nothing else
+    total_timesteps: int = 18_000_000  # environment steps of training, adaptation episodes included
+    meta_batch_size: int = 20  # N, tasks per iteration
+    episodes_per_task: int = 10  # E, episodes per task before adaptation, and after every inner step
+    horizon: int = 0  # T, steps per episode at most (0: the family's own)
+    num_train_tasks: int = 0  # size of a fixed set of training tasks (0: fresh draws in every iteration)
+    num_test_tasks: int | None = None  # held-out tasks of the meta-test (unset: 200 on points, 40 elsewhere)
+    num_eval_steps: int = 2  # adaptation steps at meta-test
+    eval_episodes: int | None = None  # episodes per task before each of them (unset: episodes_per_task)
+    deterministic_eval: bool = False  # score with the mean action instead of sampled ones
+    train_reward: Literal["dense", "sparse"] = "dense"  # reward of meta-training
+    test_reward: Literal["dense", "sparse"] = "dense"  # reward of the meta-test
+    gamma: float = 0.99  # discount per step
+    cuda: bool = False  # compute on the GPU (these networks are small: two or three times as fast at best)
+    torch_deterministic: bool = True  # use deterministic kernels only
+    num_threads: int = 0  # CPU threads of torch and of the simulator (0: all cores)
+    eval_every: int = 50  # iterations between meta-tests
+    checkpoint_every: int = 10  # iterations between checkpoints
+    resume: str = ""  # folder of the run to go on with, from its last checkpoint
+    evaluate: str = ""  # folder of the run to meta-test, without training
 
-    modulation: Literal["film", "scale"] = "film"
-    """what a modulation holds: film (scale γ and shift β of each hidden unit) or scale (γ alone, the original)"""
-    no_modulation: bool = False
-    """ProMP: adapt by gradient steps alone"""
-    oracle_mode: bool = False
-    """modulate by the true mode of a task, known before its first episode; for families with modes"""
-    hidden_size: int = 64
-    """units in each of the policy's two hidden layers"""
-    encoder_size: int = 64
-    """units of the recurrent layer and the other layers of the modulation network, and of the embedding"""
-    action_scale: float = 0.3
-    """action, of [-1, 1], that the policy's output of 1 stands for"""
-    init_std: float = 0.6
-    """standard deviation of the policy's outputs before training, in units of action_scale"""
-    num_inner_steps: int = 2
-    """K, adaptation steps in training"""
-    inner_lr: float = 0.01
-    """α, step size of the adaptation"""
-    gae_lambda: float = 0.95
-    """λ of generalised advantage estimation"""
-    learning_rate: float = 1e-3
-    """step size of Adam on θ, at most"""
-    modulation_learning_rate: float = 5e-4
-    """step size of Adam on the modulation network, at most"""
-    target_clipfrac: float = 0.1
-    """share of clipped steps, mean over the epochs: above it the step sizes of Adam shrink, below it they grow"""
-    update_epochs: int = 3
-    """steps of Adam per iteration"""
-    clip_coef: float = 0.1
-    """ε, the surrogate's gradient stops where the probability ratio leaves 1 ± ε to its advantage"""
-    kl_weight: float = 5e-4
-    """weight of the KL between old and new policies before the last inner step"""
+    modulation: Literal["film", "scale"] = "film"  # film: scale γ and shift β of each hidden unit; scale: γ alone
+    no_modulation: bool = False  # ProMP: adapt by gradient steps alone
+    oracle_mode: bool = False  # modulate by a task's true mode, known before its first episode
+    hidden_size: int = 64  # units in each of the policy's two hidden layers
+    encoder_size: int = 64  # units of the recurrent and the other layers that embed, and of the embedding
+    action_scale: float = 0.3  # action, of [-1, 1], that the policy's output of 1 stands for
+    init_std: float = 0.6  # standard deviation of the policy's outputs before training, in units of action_scale
+    num_inner_steps: int = 2  # K, adaptation steps in training
+    inner_lr: float = 0.01  # α, step size of the adaptation
+    gae_lambda: float = 0.95  # λ of generalised advantage estimation
+    learning_rate: float = 1e-3  # step size of Adam on θ, at most
+    modulation_learning_rate: float = 5e-4  # step size of Adam on the network that modulates, at most
+    target_clipfrac: float = 0.1  # share of clipped steps, above which Adam's step sizes shrink, and below grow
+    update_epochs: int = 3  # steps of Adam per iteration
+    clip_coef: float = 0.1  # ε, the surrogate clips probability ratios to 1 ± ε
+    kl_weight: float = 5e-4  # weight of the KL between old and new policies before the last inner step
+
+    may_be_zero: ClassVar = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps",
+                             "gae_lambda", "kl_weight"}
+    at_most_one: ClassVar = {"gamma", "gae_lambda"}
+# fmt: on
 
 
-# -------------------------------------------------------------------------------------------------------- the networks
+# ----------------------------------------------------------------------------------- the networks
 
 
 class Policy(nn.Module):
-    """Two modulated tanh layers to mean and log std of the actions: obs (..., O), τ (2, 2, H) -> (..., 2A).
+    """Two modulated tanh layers to mean and log std: obs (..., O), τ (2, 2, H) -> (..., 2A)."""
 
-    τ: scale γ and shift β of the units of both layers; 0 leaves them as they are. The log std depends on neither.
-    """
-
-    def __init__(self, obs_size: int, action_size: int, hidden_size: int, action_scale: float, init_std: float = 1.0):
+    def __init__(self, obs_size: int, action_size: int, args: Args):
         super().__init__()
-        self.hidden = nn.ModuleList([nn.Linear(obs_size, hidden_size), nn.Linear(hidden_size, hidden_size)])
-        self.mean = nn.Linear(hidden_size, action_size)
-        for layer, gain in zip((*self.hidden, self.mean), (1, 1, 0.01), strict=True):  # at first, actions are noise
-            nn.init.xavier_uniform_(layer.weight, gain)
+        size = args.hidden_size
+        self.hidden = nn.ModuleList([nn.Linear(obs_size, size), nn.Linear(size, size)])
+        self.mean = nn.Linear(size, action_size)
+        for layer, gain in zip((*self.hidden, self.mean), (1, 1, 0.01), strict=True):
+            nn.init.xavier_uniform_(layer.weight, gain)  # 0.01: untrained, it would drift far away
             nn.init.zeros_(layer.bias)
-        self.log_std = nn.Parameter(torch.full((action_size,), math.log(init_std)))
-        self.action_scale = action_scale
+        self.log_std = nn.Parameter(torch.full((action_size,), math.log(args.init_std)))
+        self.action_scale = args.action_scale
 
     def forward(self, obs: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
         x = obs
-        for layer, (scale, shift) in zip(self.hidden, tau, strict=True):
+        for layer, (scale, shift) in zip(self.hidden, tau, strict=True):  # γ and β; 0: unmodulated
             x = torch.tanh(layer(x) * (1 + scale) + shift)
-        mean, log_std = self.mean(x), self.log_std.clamp(min=math.log(1e-6))
-        return torch.cat([self.action_scale * mean, (math.log(self.action_scale) + log_std).expand_as(mean)], -1)
-
-    @staticmethod
-    def distribution(dist: torch.Tensor) -> Independent:
-        """The Gaussian with mean and log std dist (..., 2A); its log_prob and KL are sums over the dimensions."""
-        mean, log_std = dist.chunk(2, -1)
-        return Independent(Normal(mean, log_std.exp(), validate_args=False), 1)
+        mean = self.action_scale * self.mean(x)
+        log_std = self.log_std.clamp(min=math.log(1e-6))  # the original's floor
+        return torch.cat([mean, (math.log(self.action_scale) + log_std).expand_as(mean)], -1)
 
 
 class Encoder(nn.Module):
-    """Episodes to an embedding per task: (o, a, r) (N, E, T, X), mask (N, E, T) -> (N, Z).
-
-    A GRU over each episode, up to its end; layers on its last state; the mean over episodes; layers on that.
-    """
-
-    forgetting = 0.05  # the latest iteration's share of the running mean and variance at least
+    """Embeddings (N, Z): a GRU over each episode, layers, the mean over a task's episodes, layers."""
 
     def __init__(self, input_size: int, size: int):
         super().__init__()
-        self.size = size
         self.gru = nn.GRU(input_size, size, batch_first=True)
         self.of_episode = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size))
         self.of_task = nn.Sequential(nn.Linear(size, size), nn.ReLU(), nn.Linear(size, size))
-        for name, p in self.named_parameters():  # so that what differs between tasks is not lost among biases
-            if p.ndim == 1:
-                nn.init.zeros_(p)
-            else:
-                nn.init.orthogonal_(p) if name == "gru.weight_hh_l0" else nn.init.xavier_uniform_(p, 2**0.5)
-        self.gru.bias_hh_l0.detach()[size : 2 * size] = torch.linspace(0, 5, size)  # update gates: keep for 2-150 steps
-        self.register_buffer("count", torch.zeros(()))  # of the steps that mean and variance of the inputs are over
+        for name, p in self.named_parameters():
+            nn.init.zeros_(p)  # biases: or what differs between tasks is lost among them
+            if name == "gru.weight_hh_l0":
+                nn.init.orthogonal_(p)
+            elif p.ndim > 1:
+                nn.init.xavier_uniform_(p, 2**0.5)  # the gain of ReLU
+        # update gates of bias b remember 1 + e^b steps, here 2 to 150 (arXiv 1804.11188)
+        self.gru.bias_hh_l0.detach()[size : 2 * size] = torch.linspace(0, 5, size)
+        self.register_buffer("count", torch.zeros(()))  # of the steps in mean and variance
         self.register_buffer("mean", torch.zeros(input_size))
         self.register_buffer("variance", torch.ones(input_size))
 
-    @staticmethod
-    def inputs(batch) -> torch.Tensor:
+    def inputs(self, batch) -> torch.Tensor:
         return torch.cat([batch["obs"], batch["actions"], batch["rewards"].unsqueeze(-1)], -1)
 
     def observe(self, batch):
-        """Take the steps of all ranks into the running mean and variance."""
-        inputs, mask = self.inputs(batch), batch["mask"].unsqueeze(-1)
-        count = all_reduce(mask.sum())
-        mean = all_reduce((inputs * mask).sum((0, 1, 2))) / count
-        variance = all_reduce(((inputs - mean) ** 2 * mask).sum((0, 1, 2))) / count
+        """Take the steps of all ranks into the running mean and variance of the inputs."""
+        mean, std = moments(self.inputs(batch), batch["mask"])
+        count = all_reduce(batch["mask"].sum())
         self.count += count
-        share, gap = (count / self.count).clamp(min=self.forgetting), mean - self.mean
-        self.variance = (1 - share) * self.variance + share * variance + share * (1 - share) * gap**2
+        share = (count / self.count).clamp(min=0.05)  # or early drift sets the unit for long
+        gap = mean - self.mean
+        self.variance = (1 - share) * self.variance + share * std**2 + share * (1 - share) * gap**2
         self.mean = self.mean + share * gap
 
     def forward(self, batch) -> torch.Tensor:
-        std, mask = self.variance.sqrt(), batch["mask"].flatten(0, 1)
+        std = self.variance.sqrt()  # but what hardly varies keeps its unit
         inputs = (self.inputs(batch) - self.mean) / torch.where(std > 1e-3, std, 1)
         states, _ = self.gru(inputs.clamp(-10, 10).flatten(0, 1))  # (N E, T, Z)
-        last = mask - nn.functional.pad(mask[:, 1:], (0, 1))  # 1 at an episode's last step: what follows has no say
+        mask = batch["mask"].flatten(0, 1)
+        last = mask - nn.functional.pad(mask[:, 1:], (0, 1))  # 1 at an episode's last step
         final = (states * last.unsqueeze(-1)).sum(1).unflatten(0, batch["mask"].shape[:2])
-        embedding = self.of_task(self.of_episode(final).mean(1))
-        return nn.functional.layer_norm(embedding, embedding.shape[1:])
+        x = self.of_task(self.of_episode(final).mean(1))
+        return nn.functional.layer_norm(x, x.shape[1:]) / x.shape[1] ** 0.5  # of length 1
 
 
 class Agent(nn.Module):
-    """The policy θ and what finds its modulation, an encoder with a linear head.
-
-    With num_modes in place of an encoder (--oracle-mode), the embedding is the mode as one-hot: a modulation per mode.
-    With neither (--no-modulation), τ is always 0.
+    """The policy θ and what finds its modulation, an encoder with a linear head. --oracle-mode: a
+    one-hot mode is the embedding, the head a table of modulations. --no-modulation: τ = 0.
     """
 
-    def __init__(self, policy: Policy, encoder: Encoder | None, num_modes: int, film: bool):
+    def __init__(self, obs_size: int, action_size: int, num_modes: int, args: Args):
         super().__init__()
-        self.policy, self.encoder, self.num_modes = policy, encoder, num_modes
-        self.hidden_size, self.parts = policy.mean.in_features, 1 + film
-        if encoder or num_modes:
-            self.head = nn.Linear(encoder.size if encoder else num_modes, 2 * self.parts * self.hidden_size)
+        self.knows_the_mode = args.oracle_mode
+        self.shape = (2, 2 if args.modulation == "film" else 1, args.hidden_size)  # γ, maybe β
+        self.policy = Policy(obs_size, action_size, args)
+        self.encoder = None
+        if not (args.no_modulation or args.oracle_mode):
+            self.encoder = Encoder(obs_size + action_size + 1, args.encoder_size)
+        if not args.no_modulation:
+            size = num_modes if args.oracle_mode else args.encoder_size
+            self.head = nn.Linear(size, math.prod(self.shape))
             nn.init.xavier_uniform_(self.head.weight)
             nn.init.zeros_(self.head.bias)
 
     def modulation(self, tasks: np.ndarray, batch=None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(3) τ (N, 2, 2, H) and the embeddings (N, Z) of tasks (N, task size), given their first episodes."""
+        """(3) τ (N, 2, 2, H) and embeddings (N, Z) of tasks (N, K), given their first episodes."""
         like = self.policy.log_std
-        if self.encoder is not None and batch is not None:
-            embedding = self.encoder(batch)
-        elif self.num_modes:
+        if self.encoder and batch:
+            embeddings = self.encoder(batch)
+        elif self.knows_the_mode:
             modes = torch.as_tensor(tasks[:, -1], device=like.device).long()
-            embedding = nn.functional.one_hot(modes, self.num_modes) * self.num_modes**0.5
+            embeddings = nn.functional.one_hot(modes, self.head.in_features).to(like)
         else:
-            return like.new_zeros(len(tasks), 2, 2, self.hidden_size), None
-        embedding = embedding.to(like.dtype)
-        tau = self.head(embedding / embedding.shape[1] ** 0.5).view(-1, 2, self.parts, self.hidden_size)
-        return nn.functional.pad(tau, (0, 0, 0, 2 - self.parts)), embedding  # β = 0 if there is only γ
+            return like.new_zeros(len(tasks), 2, 2, self.shape[2]), None
+        tau = self.head(embeddings).unflatten(1, self.shape)
+        return nn.functional.pad(tau, (0, 0, 0, 2 - self.shape[1])), embeddings  # no β: β = 0
 
 
-# ------------------------------------------------------------------------------------------------------- the algorithm
-
-
-def collect(params, tau, tasks, rng, envs, policy, horizon, gamma, gae_lambda, reward, deterministic=False) -> dict:
-    """(2), (5) E episodes in each of N tasks, in task i with the policy (params[i], tau[i]), and their advantages.
-
-    params: (N, ...) by name; tau: (N, 2, 2, H); tasks: (N, task size). Returns obs (N, E, T, O), actions (N, E, T, A),
-    dist (N, E, T, 2A) and its logprobs, and rewards, advantages and mask (0 after an episode's end), all (N, E, T).
-    """
-    n, like = len(tasks), params["log_std"]
-    noise = rng.normal(size=(envs.total_lanes, horizon, like.shape[-1]))[envs.lanes] * (not deterministic)
-    noise = torch.as_tensor(noise, dtype=like.dtype, device=like.device)
-    dist_of = vmap(lambda params, tau, obs: functional_call(policy, params, (obs, tau)))
-
-    def act(obs, t):  # (N E, O) -> (N E, A)
-        mean, log_std = dist_of(params, tau, obs.unflatten(0, (n, -1))).flatten(0, 1).chunk(2, -1)
-        return mean + log_std.exp() * noise[:, t]
-
-    batch = rollout(envs, act, np.repeat(tasks, envs.num_envs // n, axis=0), horizon, rng, like.device)
-    batch = {name: x.unflatten(0, (n, -1)) for name, x in batch.items()}
-    if reward == "sparse":
-        batch["rewards"] = batch["sparse_reward"]
-    batch["advantages"] = standardised_advantages(batch, gamma, gae_lambda)
-    batch["dist"] = dist_of(params, tau, batch["obs"])
-    batch["logprobs"] = policy.distribution(batch["dist"]).log_prob(batch["actions"])
-    return batch
-
-
-def probability_ratio(dist, batch, policy) -> torch.Tensor:
-    """π(a|o) / π_old(a|o), dist (..., 2A) being what π does; 1 where the mask is 0."""
-    return torch.exp((policy.distribution(dist).log_prob(batch["actions"]) - batch["logprobs"]) * batch["mask"])
-
-
-def inner_step(params, tau, batch, lr, policy) -> tuple[dict, torch.Tensor]:
-    """(4) θ - α ∇L(θ) for one task, batch without its task axis, L = -mean π_θ,τ(a|o) / π_old(a|o) A; τ is held fixed.
-
-    Also returns what the policy (θ, τ) does on the batch, dist (E, T, 2A).
-    """
-
-    def loss(params):
-        dist = functional_call(policy, params, (batch["obs"], tau))
-        return -masked_mean(probability_ratio(dist, batch, policy) * batch["advantages"], batch["mask"]), dist
-
-    grads, dist = grad(loss, has_aux=True)(params)
-    return {name: p - lr * grads[name] for name, p in params.items()}, dist
-
-
-def promp_loss(theta, tau, batches, modulate_first, lr, clip_coef, kl_weight, policy) -> tuple[torch.Tensor, ...]:
-    """(6) The meta-loss of one task: clipped surrogate + kl_weight x mean KL; its two terms, and the clipped share."""
-    *inner_batches, batch = batches
-    params, kls = theta, []
-    for k, inner_batch in enumerate(inner_batches):
-        params, dist = inner_step(params, tau * (k > 0 or modulate_first), inner_batch, lr, policy)
-        kl = kl_divergence(policy.distribution(inner_batch["dist"]), policy.distribution(dist))
-        kls.append(masked_mean(kl, inner_batch["mask"]))
-    ratio = probability_ratio(functional_call(policy, params, (batch["obs"], tau)), batch, policy)
-    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    surrogate = -masked_mean(torch.min(ratio * batch["advantages"], clipped * batch["advantages"]), batch["mask"])
-    kl, clipfrac = sum(kls) / len(kls), masked_mean((ratio != clipped).to(ratio.dtype), batch["mask"])
-    return surrogate + kl_weight * kl, surrogate, kl, clipfrac
-
-
-def promp_update(agent, optimizer, batches, tasks, epochs, target_clipfrac, loss) -> dict[str, float]:
-    """(6) Steps of Adam on the mean over all tasks of the loss, promp_loss with its settings; returns what to log.
-
-    Every step embeds and adapts anew, on the same episodes: gradients pass through (3) and (4) to θ and the encoder.
-    In the end, the optimizer's step sizes move by a factor of e^(target_clipfrac - clipped share), up to their max_lr.
-    """
-    theta, modulate_first = dict(agent.policy.named_parameters()), agent.encoder is None
-    steps_per_task = batches[0]["mask"][0].numel()
-    chunk = None if batches[0]["mask"].is_cuda else max(1, 8000 // steps_per_task)  # tasks that suit a CPU's cache
-    losses = vmap(partial(loss, modulate_first=modulate_first), in_dims=(None, 0, 0), chunk_size=chunk)
-    total = 0
-    for _ in range(epochs):
-        tau, _ = agent.modulation(tasks, batches[0])
-        terms = torch.stack([term.mean() / ranks()[1] for term in losses(theta, tau, batches)])
-        optimizer.zero_grad()
-        terms[0].backward()
-        grads = [all_reduce(p.grad) for p in agent.parameters()]
-        if not nn.utils.get_total_norm(grads).isfinite():
-            fail("the meta-gradient is not finite: try a smaller --inner-lr")
-        optimizer.step()
-        total += terms.detach()
-    *means, clipfrac = (all_reduce(total) / epochs).tolist()
-    for group in optimizer.param_groups:
-        group["lr"] = min(group["max_lr"], group["lr"] * math.exp(target_clipfrac - clipfrac))
-    names = ("losses/loss", "losses/pg_loss", "losses/inner_kl", "losses/clipfrac", "losses/learning_rate")
-    return dict(zip(names, (*means, clipfrac, optimizer.param_groups[0]["lr"]), strict=True))
+# ---------------------------------------------------------------------------------- the algorithm
 
 
 @torch.no_grad()
-def evaluate(agent, tasks, collect, adapt, group, num_steps, seed, deterministic=False) -> dict:
-    """(7) Meta-test on tasks (M, task size): the scores before and after each of num_steps adaptation steps.
+def collect(params, tasks, key, policy, args, test=False, deterministic=False) -> dict:
+    """(2), (5) E episodes in each of N tasks (N, K), in task i with params, (θ_i by name, τ_i).
 
-    collect and adapt: collect and inner_step with their settings; group: the tasks that collect's lanes hold at once.
-    Returns {"return": (num_steps + 1, M), ...}, means over a task's episodes, and "embedding": (Z, M), if there is one.
-    Draws depend on seed and group alone, so that every call meets the same episodes. Only sampled episodes are adapted
-    to; deterministic ones are extra.
+    key: of the draws. Returns the batch of rollout with rewards of training or test, advantages,
+    and what the policies do, dist_params (N, E, T, 2A), and the actions' logprobs (N, E, T).
+    """
+    dist_of = vmap(lambda params, obs: functional_call(policy, params[0], (obs, params[1])))
+
+    def act(params, obs, noise):
+        return draw_actions(dist_of(params, obs), noise)
+
+    episodes = args.eval_episodes if test else args.episodes_per_task
+    batch = rollout(act, params, tasks, episodes, key, args, deterministic)
+    batch["rewards"] = batch[f"{args.test_reward if test else args.train_reward}_rewards"]
+    batch["advantages"] = standardised_advantages(batch, args)
+    batch["dist_params"] = dist_of(params, batch["obs"])
+    batch["logprobs"] = distribution(batch["dist_params"]).log_prob(batch["actions"])
+    return batch
+
+
+def inner_step(theta, tau, batch, policy, args) -> tuple[dict, torch.Tensor]:
+    """(4) θ - α ∇L(θ) in one task, L = -mean of π(a|o) / π_old(a|o) A, and π's dist_params."""
+
+    def loss(theta):  # τ is held fixed
+        dist_params = functional_call(policy, theta, (batch["obs"], tau))
+        ratio = probability_ratio(dist_params, batch)
+        return -masked_mean(ratio * batch["advantages"], batch["mask"]), dist_params
+
+    grads, dist_params = grad(loss, has_aux=True)(theta)
+    return {name: p - args.inner_lr * grads[name] for name, p in theta.items()}, dist_params
+
+
+@torch.no_grad()
+def adapt(agent, tasks, keys, args, test=False) -> tuple[list, list, torch.Tensor | None]:
+    """(2)-(5) in N tasks, a phase for each key: its batches, params (θ_i, τ_i), and embeddings."""
+    step = vmap(partial(inner_step, policy=agent.policy, args=args))
+    theta = {name: p.expand(len(tasks), *p.shape) for name, p in agent.policy.named_parameters()}
+    tau, _ = agent.modulation(tasks)
+    params = []
+    batches = []
+    for k, key in enumerate(keys):
+        params.append((theta, tau))
+        batches.append(collect(params[k], tasks, key, agent.policy, args, test))
+        if k < len(keys) - 1:
+            theta, _ = step(theta, tau, batches[k])
+        if k == 0:
+            if agent.encoder and not test:
+                agent.encoder.observe(batches[0])
+            tau, embeddings = agent.modulation(tasks, batches[0])
+    return batches, params, embeddings
+
+
+def promp_loss(theta, tau, batches, agent, args) -> tuple[torch.Tensor, ...]:
+    """(6) The meta-loss of one task, its two terms, and the share of clipped steps."""
+    *inner_batches, batch = batches
+    kls = []
+    for k, inner_batch in enumerate(inner_batches):
+        used = tau if k > 0 or agent.knows_the_mode else torch.zeros_like(tau)  # that collected
+        theta, dist_params = inner_step(theta, used, inner_batch, agent.policy, args)
+        kl = kl_divergence(distribution(inner_batch["dist_params"]), distribution(dist_params))
+        kls.append(masked_mean(kl, inner_batch["mask"]))
+    kl = sum(kls) / len(kls)
+    ratio = probability_ratio(functional_call(agent.policy, theta, (batch["obs"], tau)), batch)
+    clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    lower = torch.min(ratio * batch["advantages"], clipped * batch["advantages"])
+    surrogate = -masked_mean(lower, batch["mask"])
+    clipfrac = masked_mean((ratio != clipped).to(ratio.dtype), batch["mask"])
+    return surrogate + args.kl_weight * kl, surrogate, kl, clipfrac
+
+
+def promp_update(agent, optimizer, batches, tasks, args) -> dict[str, float]:
+    """(6) Steps of Adam on the mean loss of all ranks' tasks, each through (3) and (4) anew."""
+    theta = dict(agent.policy.named_parameters())
+    loss = partial(promp_loss, agent=agent, args=args)
+    losses = vmap(loss, in_dims=(None, 0, 0), chunk_size=tasks_at_once(batches[0]["obs"]))
+    total = 0
+    for _ in range(args.update_epochs):
+        tau, _ = agent.modulation(tasks, batches[0])
+        terms = torch.stack([x.mean() / ranks()[1] for x in losses(theta, tau, batches)])
+        optimizer.zero_grad()
+        terms[0].backward()
+        for p in agent.parameters():
+            p.grad = all_reduce(p.grad)
+        if not nn.utils.get_total_norm([p.grad for p in agent.parameters()]).isfinite():
+            fail("the meta-gradient is not finite: try a smaller --inner-lr")
+        optimizer.step()
+        total += terms.detach()
+    names = ("losses/loss", "losses/pg_loss", "losses/inner_kl", "losses/clipfrac")
+    logged = dict(zip(names, (all_reduce(total) / args.update_epochs).tolist(), strict=True))
+    factor = math.exp(args.target_clipfrac - logged["losses/clipfrac"])
+    for group in optimizer.param_groups:  # sharper policies take smaller steps
+        group["lr"] = min(group["max_lr"], group["lr"] * factor)
+    return logged | {"losses/learning_rate": optimizer.param_groups[0]["lr"]}
+
+
+def mode_scores(returns, embedding, tasks, num_modes) -> dict[str, np.ndarray]:
+    """The returns (K + 1, M) of each mode's tasks, NaN in others; and, given an embedding (Z, M),
+    whether the nearest other task is of a task's mode, (M,).
     """
     scores = {}
-    for first in range(0, len(tasks), group):
-        members = (first + np.arange(group))[shard(group)]  # the last group wraps around
-        own = tasks[members % len(tasks)]
-        params = {name: p.expand(len(members), *p.shape) for name, p in agent.policy.named_parameters()}
-        tau, _ = agent.modulation(own)
-        for k in range(num_steps + 1):
-            episodes = partial(collect, params, tau, own, keyed_rng(seed, "eval", first, k))
-            batch = episodes()
-            for name, score in episode_scores(episodes(deterministic=True) if deterministic else batch).items():
-                scores.setdefault(name, score.new_zeros(num_steps + 1, len(tasks) + group))[k, members] = score
-            if k < num_steps:
-                params, _ = vmap(adapt)(params, tau, batch)
-            if k == 0:
-                tau, embedding = agent.modulation(own, batch)
-                if agent.encoder is not None:
-                    zeros = embedding.new_zeros(embedding.shape[1], len(tasks) + group)
-                    scores.setdefault("embedding", zeros)[:, members] = embedding.T
-    return gather_scores(scores, len(tasks))
+    modes = tasks[:, -1]
+    if embedding is not None:
+        x = embedding.T
+        distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+        nearest = distances.fill_diagonal_(math.inf).argmin(1).cpu().numpy()
+        scores["mode_accuracy"] = (modes[nearest] == modes).astype(float)
+    for mode in np.intersect1d(modes, range(num_modes)).astype(int):
+        scores[f"return_mode_{mode}"] = np.where(modes == mode, returns, np.nan)
+    return scores
 
 
-def mode_report(scores, tasks, num_modes: int, eval_episodes: int, printed=False) -> dict[str, float]:
-    """report; in families with modes also of each mode, and the share whose nearest embedding is of their mode."""
-    scores, modes = scores.copy(), tasks[:, -1]
-    embedding = scores.pop("embedding", None)
-    if num_modes and embedding is not None:
-        distance = ((embedding[:, :, None] - embedding[:, None]) ** 2).sum(0) + np.diag(np.full(len(modes), np.inf))
-        scores["mode_accuracy"] = (modes[distance.argmin(1)] == modes).astype(float)
-    metrics = report(scores, tasks, eval_episodes, printed)
-    for mode in set(range(num_modes)) & set(modes):
-        of_mode = {f"return_mode_{mode}": scores["return"][:, modes == mode]}
-        metrics |= report(of_mode, tasks[modes == mode], eval_episodes, printed)
-    return metrics
+@torch.no_grad()
+def evaluate(agent, tasks, num_modes, args) -> tuple[dict, dict]:
+    """(7) Meta-test on tasks (M, K): the scores before and after each of num_eval_steps adaptations.
 
-
-def embedding_figure(path: Path, embedding: np.ndarray, colour: np.ndarray):
-    """Embeddings (Z, M) of tasks in their two principal components, coloured by a number of each task (M,)."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return print(f"no {path.name}: that needs matplotlib (pip install matplotlib)")
-    centred = embedding - embedding.mean(1, keepdims=True)
-    directions, sizes, _ = np.linalg.svd(centred, full_matrices=False)
-    fig, axes = plt.subplots(figsize=(4.5, 4), layout="constrained")
-    points = axes.scatter(*directions[:, :2].T @ centred, c=colour, s=12, cmap="turbo")
-    share = sizes**2 / (sizes**2).sum()
-    axes.set(xlabel=f"first component ({share[0]:.0%})", ylabel=f"second component ({share[1]:.0%})")
-    fig.colorbar(points, label="mode, or the last number of the task")
-    fig.savefig(path, dpi=150)
-    print(f"wrote {path}")
+    {"return": (num_eval_steps + 1, M), ...}, means over a task's episodes; and the first tasks'
+    episodes, all embeddings (Z, M). Draws depend on the seed alone; only sampled ones are adapted to.
+    """
+    play_means = partial(collect, policy=agent.policy, args=args, test=True, deterministic=True)
+    scores = [[] for _ in range(args.num_eval_steps + 1)]
+    episodes = {}
+    found = []
+    for first in range(0, len(tasks), args.meta_batch_size):
+        group = tasks[np.arange(first, first + args.meta_batch_size) % len(tasks)]  # wraps around
+        keys = [("eval", first, k) for k in range(args.num_eval_steps + 1)]
+        batches, params, embeddings = adapt(agent, group, keys, args, test=True)
+        found.append(embeddings)
+        for k, batch in enumerate(batches):
+            extra = play_means(params[k], group, keys[k]) if args.deterministic_eval else None
+            scores[k].append(episode_scores(batch, extra))
+            if first == 0:
+                episodes[f"obs_{k}"] = batch["obs"]
+    scores = stack_scores(scores, len(tasks))
+    if agent.encoder:
+        episodes["embedding"] = torch.cat(found)[: len(tasks)].T
+    if num_modes:
+        scores |= mode_scores(scores["return"], episodes.get("embedding"), tasks, num_modes)
+    return scores, episodes
 
 
 def main(args: Args) -> dict[str, float]:
     """Train, resume or only evaluate; returns the last value of every eval/* and charts/* tag."""
-    device = setup(args)
-    checkpoint = load_checkpoint(args.resume or args.evaluate, Args) if args.resume or args.evaluate else {}
-    iteration, global_step = checkpoint.get("iteration", 0), checkpoint.get("global_step", 0)
-    if args.resume and global_step >= args.total_timesteps:
-        show(f"{args.resume} is complete; its meta-test:")
-        args = replace(args, resume="", evaluate=args.resume)
+    args, device, checkpoint = setup(args)
     if args.no_modulation and args.oracle_mode:
         fail("--no-modulation and --oracle-mode exclude each other")
-
-    # tasks, and environments with a lane per episode
-    n, num_eval_episodes = args.meta_batch_size, args.eval_episodes or args.episodes_per_task
-    lanes, eval_lanes = n * args.episodes_per_task, n * num_eval_episodes
-    envs = make_envs(args.env_id, lanes, args.num_threads, shard(lanes))
+    envs, train_tasks, test_tasks = make_tasks(args)
+    num_modes = getattr(envs, "num_modes", 0)
     if isinstance(envs.single_action_space, gym.spaces.Discrete):
         fail(f"{args.env_id} has Discrete actions; mmaml.py needs Box")
-    if args.oracle_mode and not envs.num_modes:
+    if args.oracle_mode and not num_modes:
         fail(f"--oracle-mode: {args.env_id} is no family with modes (see docs/tasks.md)")
-    eval_envs = make_envs(args.env_id, eval_lanes, args.num_threads, shard(eval_lanes)) if eval_lanes != lanes else envs
-    horizon = args.horizon or envs.horizon or fail(f"{args.env_id} has no time limit of its own: give --horizon")
-    num_test_tasks = args.num_test_tasks or (200 if args.env_id in POINT_FAMILIES else 40)
-    test_tasks = envs.sample_test_tasks(num_test_tasks, np.random.default_rng([args.task_seed, 1]))
-    if args.oracle_mode and not set(test_tasks[:, -1]) <= set(range(envs.num_modes)):
-        fail(f"{args.env_id}: the last number of a task must be its mode, 0 to {envs.num_modes - 1}")
-    if args.num_train_tasks:
-        train_tasks = envs.sample_tasks(args.num_train_tasks, np.random.default_rng([args.task_seed, 0]))
-    if "sparse" in (args.train_reward, args.test_reward):
-        require_sparse_reward(envs, test_tasks[:1])
+    if args.oracle_mode and not set(test_tasks[:, -1]) <= set(range(num_modes)):
+        fail(f"{args.env_id}: the last number of a task must be its mode, 0 to {num_modes - 1}")
 
     # the policy, and what modulates it
-    obs_size, action_size = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
-    policy = Policy(obs_size, action_size, args.hidden_size, args.action_scale, args.init_std)
-    encoder, num_modes = None, envs.num_modes if args.oracle_mode else 0
-    if not (args.no_modulation or args.oracle_mode):
-        encoder = Encoder(obs_size + action_size + 1, args.encoder_size)
-    agent = Agent(policy, encoder, num_modes, args.modulation == "film").to(device)
-    groups = [([*(policy if encoder else agent).parameters()], args.learning_rate)]
-    if encoder:
-        groups.append(([*encoder.parameters(), *agent.head.parameters()], args.modulation_learning_rate))
-    optimizer = torch.optim.Adam([{"params": p, "lr": lr, "max_lr": lr} for p, lr in groups])
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+    obs_size = envs.single_observation_space.shape[0]
+    agent = Agent(obs_size, envs.single_action_space.shape[0], num_modes, args).to(device)
+    agent.load_state_dict(restore(agent.state_dict(), checkpoint.get("agent")))
 
-    # the functions above with this run's settings
-    sampling = {"policy": policy, "horizon": horizon, "gamma": args.gamma, "gae_lambda": args.gae_lambda}
-    collect_train = partial(collect, envs=envs, reward=args.train_reward, **sampling)
-    collect_test = partial(collect, envs=eval_envs, reward=args.test_reward, **sampling)
-    inner = {"lr": args.inner_lr, "policy": policy}
-    adapt_all = vmap(partial(inner_step, **inner))
-    loss = partial(promp_loss, clip_coef=args.clip_coef, kl_weight=args.kl_weight, **inner)
-    meta_test = partial(
-        evaluate, agent, test_tasks, collect_test, partial(inner_step, **inner), group=n, num_steps=args.num_eval_steps,
-        seed=args.seed, deterministic=args.deterministic_eval,
-    )  # fmt: skip
-    summary = partial(mode_report, tasks=test_tasks, num_modes=envs.num_modes, eval_episodes=num_eval_episodes)
     if args.evaluate:
-        scores = meta_test()
-        metrics = summary(scores, printed=True)
-        if "embedding" in scores and ranks()[0] == 0:
-            embedding_figure(Path(args.evaluate) / "embedding.png", scores["embedding"], test_tasks[:, -1])
-        return metrics
+        scores, episodes = evaluate(agent, test_tasks, num_modes, args)
+        return report(scores, test_tasks, args, episodes)
 
-    with closing(Run(args, global_step)) as run:
-        while global_step < args.total_timesteps and not run.stopping():
-            iteration, start = iteration + 1, time.perf_counter()
-
-            # (1) tasks; each rank takes its share
-            if args.num_train_tasks:
-                order = keyed_rng(args.seed, "tasks", iteration).permutation(args.num_train_tasks)
-                tasks = train_tasks[np.resize(order, n)]
-            else:
-                tasks = envs.sample_tasks(n, np.random.default_rng([args.task_seed, 0, iteration]))
-            tasks = tasks[shard(n)]
+    # a step size for θ and a table of modes, and one for the network, on which more depends
+    parts = [(agent.policy if agent.encoder else agent, args.learning_rate)]
+    if agent.encoder:
+        parts.append((nn.ModuleList([agent.encoder, agent.head]), args.modulation_learning_rate))
+    groups = [{"params": [*part.parameters()], "lr": lr, "max_lr": lr} for part, lr in parts]
+    optimizer = torch.optim.Adam(groups)
+    optimizer.load_state_dict(checkpoint.get("optimizer", optimizer.state_dict()))
+    with Run(args, checkpoint) as run:
+        while run.next_iteration():
+            # (1) tasks
+            tasks = meta_batch(envs, train_tasks, args, run.iteration)
 
             # (2)-(5) collect, embed and adapt, and collect with the adapted and modulated policies
-            with torch.no_grad():
-                params = {name: p.expand(len(tasks), *p.shape) for name, p in policy.named_parameters()}
-                batches, (tau, _) = [], agent.modulation(tasks)
-                for k in range(args.num_inner_steps + 1):
-                    batches.append(collect_train(params, tau, tasks, keyed_rng(args.seed, "train", iteration, k)))
-                    if k < args.num_inner_steps:
-                        params, _ = adapt_all(params, tau, batches[k])
-                    if k == 0:
-                        if encoder:
-                            encoder.observe(batches[0])
-                        tau, _ = agent.modulation(tasks, batches[0])
-            collected = time.perf_counter()
+            keys = [run.key("train", k) for k in range(args.num_inner_steps + 1)]
+            batches, _, _ = adapt(agent, tasks, keys, args)
+            run.lap("collect")
 
             # (6) meta-update
-            losses = promp_update(agent, optimizer, batches, tasks, args.update_epochs, args.target_clipfrac, loss)
-            updated = time.perf_counter()
+            losses = promp_update(agent, optimizer, batches, tasks, args)
+            run.lap("update")
 
             # log, (7) meta-test, save
-            global_step += int(all_reduce(sum(batch["mask"].sum() for batch in batches)))
-            entropy = policy.distribution(batches[-1]["dist"]).entropy()
+            run.global_step += num_steps(batches)
+            entropy = distribution(batches[-1]["dist_params"]).entropy()
             metrics = losses | {
                 "losses/entropy": task_mean(masked_mean(entropy, batches[-1]["mask"], (1, 2))),
                 "charts/pre_adaptation_return": task_mean(episode_scores(batches[0])["return"]),
                 "charts/episodic_return": task_mean(episode_scores(batches[-1])["return"]),
                 "charts/episodic_length": task_mean(batches[-1]["mask"].sum(-1)),
-                "time/collect": collected - start,
-                "time/update": updated - collected,
             }
-            if iteration % args.eval_every == 0 or global_step >= args.total_timesteps:
-                scores = meta_test()
-                metrics |= summary(scores) | {"time/eval": time.perf_counter() - updated}
-            run.log(metrics, global_step)
-            if iteration % args.checkpoint_every == 0:
-                learned = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-                run.save(iteration=iteration, global_step=global_step, **learned)
-
-        learned = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-        run.save(iteration=iteration, global_step=global_step, **learned)
-    if global_step >= args.total_timesteps:
-        summary(scores, printed=True)
-    return {tag: value for tag, value in run.metrics.items() if tag.startswith(("eval/", "charts/"))}
+            if run.due(args.eval_every):
+                scores, episodes = evaluate(agent, test_tasks, num_modes, args)
+                metrics |= report(scores, test_tasks, args)
+                run.lap("eval")
+            run.log(metrics)
+            if run.saving():
+                run.save(agent=agent.state_dict(), optimizer=optimizer.state_dict())
+    if run.complete:
+        report(scores, test_tasks, args, episodes)
+    return run.metrics
 
 
-# ======================================================================================================================
-# From here on: blocks shared with the other scripts, the same bytes in each. The algorithm ends above this line.
-# ======================================================================================================================
+# ==================================================================================================
+# From here on: blocks shared with the other scripts, the same bytes in each.
+# ==================================================================================================
 
 # >>> shared: tasks
 
 POINT_FAMILIES = ["PointRobot-v0", "SparsePointRobot-v0", "Navigation2D-v0"]
 POINT_FAMILIES += [f"MultimodalNavigation{modes}-v0" for modes in (1, 2, 4, 6)]
+FAMILY_FILES = {  # what lies beside the scripts, and needs one more package
+    "mujoco_tasks": r"(HalfCheetah|(Sparse)?Ant|Humanoid|Walker2d|Hopper)\w+-v0",
+    "metaworld_tasks": r"ML\d+(-.*)?",
+}
 
 
-class TaskEnvs(gym.vector.VectorEnv):
-    """Lanes of a family of tasks; of total_lanes, this process steps those in the slice `lanes`.
+class PointEnvs(gym.vector.VectorEnv):
+    """Lanes of points in the plane, paid minus the distance to a goal that they do not see.
 
-    sample_tasks(n, rng) draws tasks (n, task size); reset(options={"task": tasks}) puts lane i on row i. Nothing resets
-    by itself: a lane that has ended stays put and pays 0. horizon: steps per episode, 0 if the family sets none.
-    num_modes: 0, or in a family with modes their number; the last number of a task is then the index of its mode.
+    tasks: (n, 2) goals, in MultimodalNavigation (n, 3), goals and the index of their mode. An
+    action of 1 pushes by 0.1 along its axis: the position, or in MultimodalNavigation the velocity.
+    reset puts lane i in task i; a lane that has ended stays put and pays 0. Formulas, sources:
+    docs/tasks.md.
     """
 
-    num_modes = 0
     metadata: ClassVar = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
 
-    def __init__(self, env_id, total_lanes, lanes, horizon, observation_space, action_space):
-        self.env_id, self.total_lanes, self.lanes, self.horizon = env_id, total_lanes, lanes, horizon
-        self.num_envs = len(range(total_lanes)[lanes])
-        self.single_observation_space, self.single_action_space = observation_space, action_space
-        self.observation_space = batch_space(observation_space, self.num_envs)
-        self.action_space = batch_space(action_space, self.num_envs)
-
-    def sample_test_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        return self.sample_tasks(n, rng)
-
-
-class PointEnvs(TaskEnvs):
-    """A point in the plane, paid minus the distance to a goal that it does not see. Formulas, sources: docs/tasks.md.
-
-    tasks: (n, 2) goals; in MultimodalNavigation (n, 3), goal and index of its mode. An action of 1 pushes by 0.1 along
-    its axis: the position, or in MultimodalNavigation the velocity.
-    """
-
-    def __init__(self, env_id: str, num_envs: int, lanes: slice):
+    def __init__(self, env_id: str, num_envs: int):
+        self.env_id = env_id
+        self.num_envs = num_envs
         self.momentum = env_id.startswith("Multimodal")
         self.num_modes = int(env_id[-4]) if self.momentum else 0
-        observation_space = gym.spaces.Box(-np.inf, np.inf, (4 if self.momentum else 2,), np.float64)
-        action_space = gym.spaces.Box(-1, 1, (2,), np.float64)
-        horizon = 20 if env_id.endswith("PointRobot-v0") else 100
-        super().__init__(env_id, num_envs, lanes, horizon, observation_space, action_space)
+        self.horizon = 20 if env_id.endswith("PointRobot-v0") else 100
+        obs_size = 4 if self.momentum else 2
+        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_size,), np.float64)
+        self.single_action_space = gym.spaces.Box(-1, 1, (2,), np.float64)
 
     def sample_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
         if self.env_id == "PointRobot-v0":
@@ -590,21 +478,23 @@ class PointEnvs(TaskEnvs):
         return np.column_stack([centre + rng.normal(size=(n, 2)), mode])
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        rng, shape = np.random.default_rng(seed), (self.total_lanes, 2)
+        rng = np.random.default_rng(seed)
         start = 1 if self.env_id == "PointRobot-v0" else 0.2 if self.momentum else 0
         self.goals = options["task"][:, :2]
-        self.position = rng.uniform(-start, start, shape)[self.lanes]
-        self.velocity = rng.uniform(-0.1, 0.1, shape)[self.lanes]  # only MultimodalNavigation has one
+        self.position = rng.uniform(-start, start, (self.num_envs, 2))
+        self.velocity = rng.uniform(-0.1, 0.1, (self.num_envs, 2))  # of MultimodalNavigation only
         self.ended = np.zeros(self.num_envs, bool)
         return self._obs(), {}
 
     def step(self, actions: np.ndarray):
         push = 0.1 * np.clip(actions, -1, 1)
         self.velocity = self.velocity + push if self.momentum else push
-        self.position = np.where(self.ended[:, None], self.position, self.position + self.velocity)
+        moved = self.position + self.velocity
+        self.position = np.where(self.ended[:, None], self.position, moved)
         offset = self.position - self.goals
         distance = np.linalg.norm(offset, axis=1)
-        reward, info = np.where(self.ended, 0, -distance), {}
+        reward = np.where(self.ended, 0, -distance)
+        info = {}
         if self.env_id == "SparsePointRobot-v0":
             hit = distance <= 0.2
             info = {"sparse_reward": np.where(hit, 1 - distance, 0), "success": hit}
@@ -616,190 +506,188 @@ class PointEnvs(TaskEnvs):
         return np.hstack([self.position, self.velocity]) if self.momentum else self.position
 
 
-MUJOCO_FAMILIES = {  # model, frame skip, leading qpos that are not observed, noise of the start, control cost
-    "HalfCheetahDir-v0": ("half_cheetah", 5, 1, 0.1, 0.05),
-    "HalfCheetahVel-v0": ("half_cheetah", 5, 1, 0.1, 0.05),
-    "AntDir-v0": ("ant", 5, 2, 0.1, 0.5),
-    "AntGoal-v0": ("ant", 5, 0, 0.1, 0.1),
-    "SparseAntGoal-v0": ("ant", 5, 0, 0.1, 0.1),
-    "HumanoidDir-v0": ("humanoid", 5, 2, 0.01, 0.1),
-    "Walker2dRandParams-v0": ("walker2d", 4, 1, 0.005, 0.001),
-    "HopperRandParams-v0": ("hopper", 4, 1, 0.005, 0.001),
-}
+class UserEnvs(gym.vector.VectorEnv):
+    """A registered environment that has sample_tasks(n) and set_task(task), lane by lane.
 
-
-class MujocoEnvs(TaskEnvs):
-    """The MuJoCo families, on gymnasium's model files; all lanes step in one call of MuJoCo's own thread pool.
-
-    tasks: (n, 1) direction, velocity or angle; (n, 2) goal; or (n, F) factors on a model's dynamics. Formulas, sources
-    and where they differ from gymnasium's environments: docs/tasks.md.
+    Held-out tasks come from its sample_test_tasks(n) if it has one. [-1, 1] is mapped to the bounds
+    of its Box actions; info["sparse_reward"] and info["success"] are passed on. See docs/tasks.md.
     """
 
-    def __init__(self, env_id: str, num_envs: int, lanes: slice, num_threads: int):
-        import mujoco.rollout
-
-        self.name, self.frame_skip, self.hidden, self.noise, self.control_cost = MUJOCO_FAMILIES[env_id]
-        self.model = mujoco.MjModel.from_xml_path(f"{Path(gym.__file__).parent}/envs/mujoco/assets/{self.name}.xml")
-        self.varies = {}  # the model's arrays that a task scales, and the base of its factors
-        if env_id.endswith("RandParams-v0"):
-            self.varies = {"body_mass": 1.5, "body_inertia": 1.5, "geom_friction": 1.5, "dof_damping": 1.3}
-            self.model.opt.timestep = 0.004  # the original's, with its frame skip of 4
-        obs_size = self.model.nq + self.model.nv - self.hidden
-        spaces = (gym.spaces.Box(-x, x, (n,), np.float64) for x, n in ((np.inf, obs_size), (1, self.model.nu)))
-        super().__init__(env_id, num_envs, lanes, 200, *spaces)
-        threads = num_threads or os.cpu_count()
-        self.pool = mujoco.rollout.Rollout(nthread=threads)
-        self.data = [mujoco.MjData(self.model) for _ in range(threads)]
-        self.models = [copy.copy(self.model) if self.varies else self.model for _ in range(self.num_envs)]
-
-    def sample_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        if self.env_id == "HalfCheetahDir-v0":
-            return np.resize([1.0, -1.0], (n, 1))  # dealt in turn
-        if self.env_id == "HalfCheetahVel-v0":
-            return rng.uniform(0, 3, (n, 1))
-        if self.env_id.endswith("Dir-v0"):
-            return rng.uniform(0, 2 * np.pi, (n, 1))
-        if self.varies:
-            bases = np.concatenate([np.full(getattr(self.model, name).size, b) for name, b in self.varies.items()])
-            return bases ** rng.uniform(-3, 3, (n, len(bases)))
-        half = self.env_id == "SparseAntGoal-v0"  # a half circle of radius 2; AntGoal: a disc of radius 3
-        angle, radius = rng.uniform(0, np.pi if half else 2 * np.pi, n), 2 if half else 3 * rng.uniform(size=n) ** 0.5
-        return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        rng, nq, nv = np.random.default_rng(seed), self.model.nq, self.model.nv
-        noise = rng.uniform(-self.noise, self.noise, (self.total_lanes, nq + nv))
-        if self.name in ("half_cheetah", "ant"):
-            noise[:, nq:] = self.noise * rng.normal(size=(self.total_lanes, nv))
-        start = np.concatenate([[0.0], self.model.qpos0, np.zeros(nv)])  # time, qpos, qvel
-        self.state = start + np.pad(noise, ((0, 0), (1, 0)))[self.lanes]
-        self.tasks, self.ended = options["task"], np.zeros(self.num_envs, bool)
-        for model, task in zip(self.models, self.tasks, strict=True) if self.varies else ():
-            for name in self.varies:
-                original = getattr(self.model, name)  # arrays of models are views: scale the original, into the copy
-                getattr(model, name)[:] = original * task[: original.size].reshape(original.shape)
-                task = task[original.size :]
-        return self._obs(), {}
-
-    def step(self, actions: np.ndarray):
-        alive, (low, high) = np.flatnonzero(~self.ended), self.model.actuator_ctrlrange.T
-        control, models = low + (np.clip(actions, -1, 1) + 1) / 2 * (high - low), [self.models[i] for i in alive]
-        states, _ = self.pool.rollout(models, self.data, self.state[alive], control[alive, None], nstep=self.frame_skip)
-        before, self.state[alive] = self.state[:, 1:3].copy(), states[:, -1]
-        velocity = (self.state[:, 1:3] - before) / (self.frame_skip * self.model.opt.timestep)
-        reward, healthy, info = self._judge(velocity)
-        reward = np.where(self.ended, 0, reward - self.control_cost * (control**2).sum(axis=1))
-        self.ended = self.ended | ~healthy
-        return self._obs(), reward, self.ended, np.zeros(self.num_envs, bool), info
-
-    def _judge(self, velocity: np.ndarray):
-        """Reward without the cost of control, whether the lane goes on, and info; velocity (B, 2) of the root."""
-        (x_velocity, y_velocity), qpos, task = velocity.T, self.state[:, 1:], self.tasks.T
-        healthy = np.ones(self.num_envs, bool)
-        if self.env_id == "HalfCheetahDir-v0":
-            return task[0] * x_velocity, healthy, {}
-        if self.env_id == "HalfCheetahVel-v0":
-            return -np.abs(x_velocity - task[0]), healthy, {}
-        if self.env_id.endswith("Goal-v0"):
-            offset = qpos[:, :2] - self.tasks
-            distance = np.linalg.norm(offset, axis=1)
-            hit = distance <= 0.8
-            info = {"sparse_reward": np.where(hit, 1 - distance / 0.8, 0), "success": hit}
-            return -np.abs(offset).sum(axis=1), healthy, info if self.env_id.startswith("Sparse") else {}
-        if self.env_id.endswith("RandParams-v0"):
-            z, pitch = qpos[:, 1], np.abs(qpos[:, 2])
-            walker = self.name == "walker2d"
-            healthy = (0.8 < z) & (z < 2) & (pitch < 1) if walker else (0.7 < z) & (pitch < 0.2)
-            return x_velocity + 1, healthy & (walker | (np.abs(qpos[:, 2:]) < 100).all(axis=1)), {}
-        gain, survival, low, high = (1, 1, 0.2, 1) if self.name == "ant" else (1.25, 5, 1, 2)
-        speed = x_velocity * np.cos(task[0]) + y_velocity * np.sin(task[0])
-        return gain * speed + survival, (low <= qpos[:, 2]) & (qpos[:, 2] <= high), {}
-
-    def _obs(self) -> np.ndarray:
-        obs = self.state[:, 1 + self.hidden :].copy()
-        if self.varies:
-            obs[:, -self.model.nv :] = obs[:, -self.model.nv :].clip(-10, 10)
-        return obs
-
-
-class UserEnvs(TaskEnvs):
-    """A registered environment whose unwrapped env has sample_tasks(n) and set_task(task), lane by lane.
-
-    Held-out tasks come from its sample_test_tasks(n) if it has one, and num_modes is its own. [-1, 1] is mapped to the
-    bounds of its Box actions; info["sparse_reward"] and info["success"] are passed on.
-    """
-
-    def __init__(self, env_id: str, num_envs: int, lanes: slice):
-        try:
-            envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)[lanes]]
-        except (gym.error.Error, ImportError, ValueError) as error:
-            near = difflib.get_close_matches(env_id, [*POINT_FAMILIES, *MUJOCO_FAMILIES, *gym.registry])
-            fail(f"no tasks {env_id}: {str(error).splitlines()[0]}" + f" Near: {', '.join(near)}." * bool(near))
+    def __init__(self, env_id: str, num_envs: int):
+        self.env_id = env_id
+        self.num_envs = num_envs
+        self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
+        first = self.envs[0]
         for method in ("sample_tasks", "set_task"):
-            if not callable(getattr(envs[0].unwrapped, method, None)):
-                fail(f"{env_id} is no family of tasks: it has no method {method} (see docs/tasks.md)")
-        self.native = action_space = envs[0].action_space
-        if isinstance(self.native, gym.spaces.Box):
-            action_space = gym.spaces.Box(-1, 1, (math.prod(self.native.shape),), np.float64)
-        elif not isinstance(self.native, gym.spaces.Discrete):
-            fail(f"{env_id} has {type(self.native).__name__} actions; Box and Discrete are supported")
-        self.envs = [gym.wrappers.FlattenObservation(env) for env in envs]
-        self.num_modes = getattr(envs[0].unwrapped, "num_modes", 0)
-        observation_space, horizon = self.envs[0].observation_space, envs[0].spec.max_episode_steps or 0
-        super().__init__(env_id, num_envs, lanes, horizon, observation_space, action_space)
+            if not callable(getattr(first.unwrapped, method, None)):
+                fail(f"{env_id} is no family of tasks: it has no method {method} (docs/tasks.md)")
+        self.native_obs = first.observation_space
+        self.native = first.action_space
+        if not getattr(self.native_obs, "is_np_flattenable", False):
+            fail(f"{env_id} has observations that no vector holds: {self.native_obs}")
+        if not isinstance(self.native, gym.spaces.Box | gym.spaces.Discrete):
+            kind = type(self.native).__name__
+            fail(f"{env_id} has {kind} actions; Box and Discrete are supported")
+        self.discrete = isinstance(self.native, gym.spaces.Discrete)
+        size = math.prod(self.native.shape)
+        self.single_observation_space = gym.spaces.flatten_space(self.native_obs)
+        self.single_action_space = (
+            self.native if self.discrete else gym.spaces.Box(-1, 1, (size,), np.float64)
+        )
+        self.horizon = first.spec.max_episode_steps or 0
+        self.num_modes = getattr(first.unwrapped, "num_modes", 0)
 
-    def sample_tasks(self, n: int, rng: np.random.Generator, method: str = "sample_tasks") -> np.ndarray:
+    def sample_tasks(self, n: int, rng, method: str = "sample_tasks") -> np.ndarray:
         self.envs[0].reset(seed=int(rng.integers(2**31)))
-        tasks = np.asarray(getattr(self.envs[0].unwrapped, method)(n))
-        if len(tasks) != n or tasks.dtype.kind not in "biuf":
-            fail(f"{self.env_id}: {method}({n}) must return {n} rows of numbers, not {tasks.dtype} {tasks.shape}")
-        return tasks
+        tasks = getattr(self.envs[0].unwrapped, method)(n)
+        try:
+            array = np.asarray(tasks)
+        except ValueError:  # rows of several lengths
+            array = np.asarray(None)
+        if array.shape[:1] != (n,) or array.dtype.kind not in "biuf" or not array.size:
+            came = f"{array.dtype} {array.shape}" if array.ndim else type(tasks).__name__
+            fail(f"{self.env_id}: {method}({n}) must return {n} rows of numbers, not {came}")
+        if not np.isfinite(array).all():
+            fail(f"{self.env_id}: {method}({n}) returned tasks that are not finite")
+        return array
 
     def sample_test_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
         own = hasattr(self.envs[0].unwrapped, "sample_test_tasks")
         return self.sample_tasks(n, rng, "sample_test_tasks" if own else "sample_tasks")
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        seeds = np.random.default_rng(seed).integers(2**31, size=self.total_lanes)[self.lanes]
+        seeds = np.random.default_rng(seed).integers(2**31, size=self.num_envs)
+        self.obs = np.zeros((self.num_envs, *self.single_observation_space.shape))
+        self.terminated = np.zeros(self.num_envs, bool)
+        self.truncated = np.zeros(self.num_envs, bool)
         for env, task in zip(self.envs, options["task"], strict=True):
             env.unwrapped.set_task(task)
-        self.obs = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(self.envs, seeds, strict=True)])
-        self.terminated, self.truncated = np.zeros((2, self.num_envs), bool)
+        for i, env in enumerate(self.envs):
+            self.obs[i] = self._flat(env.reset(seed=int(seeds[i]))[0])
         return self.obs.copy(), {}
 
     def step(self, actions: np.ndarray):
-        if isinstance(self.native, gym.spaces.Discrete):
+        if self.discrete:
             actions = self.native.start + actions
         else:
-            low, high = (self.native.low, self.native.high) if self.native.is_bounded() else (-1, 1)
-            actions = low + (np.clip(actions, -1, 1).reshape(-1, *self.native.shape) + 1) / 2 * (high - low)
-        rewards, infos = np.zeros(self.num_envs), {}
+            low, high = (-1, 1)
+            if self.native.is_bounded():
+                low, high = self.native.low, self.native.high
+            share = (np.clip(actions, -1, 1).reshape(-1, *self.native.shape) + 1) / 2
+            actions = low + share * (high - low)
+        rewards = np.zeros(self.num_envs)
+        infos = {}
         for i in np.flatnonzero(~(self.terminated | self.truncated)):
-            result = self.envs[i].step(actions[i].astype(self.native.dtype))
-            self.obs[i], rewards[i], self.terminated[i], self.truncated[i], info = result
+            action = actions[i].astype(self.native.dtype)
+            obs, reward, self.terminated[i], self.truncated[i], info = self.envs[i].step(action)
+            self.obs[i] = self._flat(obs)
+            rewards[i] = self._number("reward", reward)
             for name in info.keys() & {"sparse_reward", "success"}:
-                infos.setdefault(name, np.zeros(self.num_envs))[i] = info[name]
+                infos.setdefault(name, np.zeros(self.num_envs))[i] = self._number(name, info[name])
         return self.obs.copy(), rewards, self.terminated.copy(), self.truncated.copy(), infos
 
+    def _flat(self, obs) -> np.ndarray:
+        """An observation as a vector; ends the program if it is none of its space."""
+        try:
+            flat = gym.spaces.flatten(self.native_obs, obs)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            flat = np.empty(0)
+        if np.shape(flat) != self.single_observation_space.shape or flat.dtype.kind not in "biuf":
+            fail(f"{self.env_id}: the observation {obs!r:.80} is not in {self.native_obs}")
+        return flat
 
-def make_envs(env_id: str, num_envs: int, num_threads: int = 0, lanes: slice = slice(None)) -> TaskEnvs:
-    """num_envs lanes of a family of tasks, of which this process steps `lanes`; ends the program if there is none."""
-    if env_id in MUJOCO_FAMILIES:
-        return MujocoEnvs(env_id, num_envs, lanes, num_threads)
-    return (PointEnvs if env_id in POINT_FAMILIES else UserEnvs)(env_id, num_envs, lanes)
+    def _number(self, name: str, value) -> float:
+        number = np.asarray(value)
+        if number.size != 1 or number.dtype.kind not in "biuf":
+            fail(f"{self.env_id}: {name} must be a number, not {value!r:.80}")
+        return number.item()
 
 
-def require_finite(envs: TaskEnvs, values: dict, alive, tasks, t: int):
-    """End the program if what a lane that is alive (B,) reports after step t, values (B, ...) by name, is not finite.
+@cache
+def make_envs(env_id: str, num_envs: int = 1) -> gym.vector.VectorEnv:
+    """num_envs lanes of a family of tasks; ends the program if there is none.
 
-    Finite in torch's precision: 1e39 is not, in single precision.
+    Families: points; what is registered with a vector_entry_point and steps all lanes at once, as
+    mujoco_tasks.py does; and environments of one lane. module:Id-v0 imports the module first.
+    """
+    if env_id in POINT_FAMILIES:
+        return PointEnvs(env_id, num_envs)
+    module, _, name = env_id.rpartition(":")
+    for file, families in FAMILY_FILES.items():
+        if not module and re.fullmatch(families, name):
+            module = file
+    if module.startswith("."):
+        fail(f"no tasks {env_id}: {module} is no name of a module")
+    try:
+        if module:
+            importlib.import_module(module)
+        if gym.spec(name).vector_entry_point:
+            envs = gym.make_vec(name, num_envs, vectorization_mode="vector_entry_point")
+            if hasattr(envs, "sample_tasks"):
+                return envs
+        return UserEnvs(env_id, num_envs)
+    except ModuleNotFoundError as error:
+        package = error.name.partition(".")[0]
+        own = error.name == module
+        needed = f"{module}.py beside the script" if own else f"pip install {package}"
+        fail(f"no tasks {env_id}: {error}; it needs {needed}")
+    except gym.error.Error as error:
+        near = difflib.get_close_matches(env_id, [*POINT_FAMILIES, *gym.registry])
+        hint = f" Near: {', '.join(near)}." if near else ""
+        fail(f"no tasks {env_id}: {str(error).splitlines()[0]}{hint}")
+    except SystemExit as error:
+        if error.code:
+            raise
+        fail(f"{env_id} has called sys.exit()")
+
+
+def make_tasks(args) -> tuple[gym.vector.VectorEnv, np.ndarray, np.ndarray]:
+    """One lane of the family, to ask; the fixed training tasks, if any; and the held-out ones.
+
+    Sets what args leave open: horizon, num_test_tasks and eval_episodes.
+    """
+    envs = make_envs(args.env_id)
+    args.horizon = args.horizon or envs.horizon
+    if not args.horizon:
+        fail(f"{args.env_id} has no time limit of its own: give --horizon")
+    args.num_test_tasks = args.num_test_tasks or (200 if args.env_id in POINT_FAMILIES else 40)
+    args.eval_episodes = args.eval_episodes or args.episodes_per_task
+    train = np.empty(0)
+    if args.num_train_tasks:
+        train = envs.sample_tasks(args.num_train_tasks, np.random.default_rng([args.task_seed, 0]))
+    sample = getattr(envs, "sample_test_tasks", envs.sample_tasks)
+    test = sample(args.num_test_tasks, np.random.default_rng([args.task_seed, 1]))
+    if "sparse" in (args.train_reward, args.test_reward):
+        envs.reset(seed=0, options={"task": test[:1]})
+        nothing = np.zeros((1, *envs.single_action_space.shape), envs.single_action_space.dtype)
+        if "sparse_reward" not in envs.step(nothing)[4]:
+            fail(f"{args.env_id} reports no sparse reward")
+    return envs, train, test
+
+
+def meta_batch(envs, train_tasks, args, iteration: int) -> np.ndarray:
+    """(1) This rank's share of N tasks: fresh draws, or different ones of the fixed set."""
+    rank, num_ranks = ranks()
+    n = args.meta_batch_size
+    if len(train_tasks):
+        order = keyed_rng(args.seed, "tasks", iteration).permutation(len(train_tasks))
+        return train_tasks[np.resize(order, n)[rank::num_ranks]]
+    rng = np.random.default_rng([args.task_seed, 0, iteration])
+    return envs.sample_tasks(n, rng)[rank::num_ranks]
+
+
+def require_finite(env_id: str, values: dict, alive, tasks, t: int):
+    """End the program if what a lane that is alive (B,) reports after step t is not finite.
+
+    values: (B, ...) by name. Finite in torch's precision: 1e39 is not, in single precision.
     """
     largest = torch.finfo(torch.get_default_dtype()).max
     for name, value in values.items():
         bad = alive & ~(np.abs(value).reshape(len(alive), -1) <= largest).all(axis=1)
         if bad.any():
-            lane, what = range(envs.total_lanes)[envs.lanes][bad.argmax()], name.rstrip("s").replace("_", " ")
-            fail(f"{envs.env_id}: {what} is not finite in lane {lane}, step {t}, task {tasks[bad][0]}")
+            lane = bad.argmax()
+            what = name.rstrip("s").replace("_", " ")
+            fail(f"{env_id}: {what} is not finite in lane {lane}, step {t}, task {tasks[lane]}")
 
 
 def require_finite_actions(actions: np.ndarray) -> np.ndarray:
@@ -809,78 +697,94 @@ def require_finite_actions(actions: np.ndarray) -> np.ndarray:
     return actions
 
 
-def require_sparse_reward(envs: TaskEnvs, task: np.ndarray):
-    """End the program if the tasks report no sparse reward; task: (1, task size)."""
-    envs.reset(seed=0, options={"task": task.repeat(envs.num_envs, axis=0)})
-    if "sparse_reward" not in envs.step(np.zeros(envs.action_space.shape, envs.action_space.dtype))[4]:
-        fail(f"{envs.env_id} reports no sparse reward")
-
-
-def episode_scores(batch) -> dict[str, torch.Tensor]:
-    """Means over each task's episodes, (N,): undiscounted return and, where defined, success at any step."""
-    scores = {"return": batch["rewards"].sum(-1).mean(1)}
-    return scores | ({"success": batch["success"].amax(-1).mean(1)} if "success" in batch else {})
-
-
 # <<< shared: tasks
 # >>> shared: rollout
 
 
-def rollout(envs: TaskEnvs, act, tasks, horizon, rng, device) -> dict[str, torch.Tensor]:
-    """One episode in every lane; act: (obs (B, O), t) -> actions (B, A), on device; tasks: a row per lane.
+@torch.no_grad()
+def rollout(act, params, tasks, episodes, key, args, deterministic=False) -> dict:
+    """E episodes in each of N tasks (N, K), all at once; key: of the draws.
 
-    Returns obs and next_obs (B, T, O), actions (B, T, A) or (B, T), rewards, terminated and mask (B, T), T the longest
-    episode; the mask is 1 up to a lane's end, and after it everything is 0. Also sparse_reward and success (B, T) where
-    tasks report them.
+    act: params, obs (N, E, O), noise (N, E, A) -> actions (N, E, A), or (N, E) of Discrete ones.
+    The noise is normal, or Gumbel for Discrete actions, and 0 for the mean or mode.
+    Returns a batch, T being the longest episode; after an episode's end all of it is 0:
+
+    obs, next_obs           (N, E, T, O)  before and after the step
+    actions                 (N, E, T, A)  as chosen, unclipped; (N, E, T) if Discrete
+    rewards, dense_rewards  (N, E, T)     of the step
+    sparse_rewards, success (N, E, T)     the same, where tasks report them
+    terminated              (N, E, T)     1 where the step ended the episode, time limits excluded
+    mask                    (N, E, T)     1 up to the episode's end
     """
-    obs, _ = envs.reset(seed=int(rng.integers(2**31)), options={"task": tasks})
-    alive = np.ones(envs.num_envs, bool)
+    envs = make_envs(args.env_id, len(tasks) * episodes)
+    space = envs.single_action_space
+    discrete = isinstance(space, gym.spaces.Discrete)
+    lanes = np.repeat(tasks, episodes, axis=0)
+    shape = (len(tasks), episodes)
+    device = torch.device("cuda" if args.cuda else "cpu")
     tensor = partial(torch.as_tensor, dtype=torch.get_default_dtype(), device=device)
-    observations, actions, steps = [tensor(obs)], [], {}
-    for t in range(horizon):
-        actions.append(act(observations[-1], t))
-        obs, reward, terminated, truncated, info = envs.step(require_finite_actions(actions[-1].cpu().numpy()))
-        require_finite(envs, {"observations": obs, "rewards": reward, **info}, alive, tasks, t)
-        for name, value in {"rewards": reward, "terminated": terminated, "mask": alive, **info}.items():
-            steps.setdefault(name, np.zeros((envs.num_envs, horizon)))[:, t] = value * alive
-        observations.append(tensor(obs))
+
+    rng = keyed_rng(args.seed, *key)
+    draw = rng.gumbel if discrete else rng.normal
+    noise = draw(size=(*shape, args.horizon, int(space.n) if discrete else space.shape[0]))
+    noise = tensor(noise * (not deterministic))
+    obs, _ = envs.reset(seed=int(rng.integers(2**31)), options={"task": lanes})
+    observations = [tensor(obs).unflatten(0, shape)]
+    actions = []
+    steps = {}
+    alive = np.ones(len(lanes), bool)
+    for t in range(args.horizon):
+        actions.append(act(params, observations[-1], noise[:, :, t]))
+        chosen = require_finite_actions(actions[-1].flatten(0, 1).cpu().numpy())
+        obs, rewards, terminated, truncated, info = envs.step(chosen)
+        told = {"rewards": rewards, **info}
+        require_finite(args.env_id, {"observations": obs, **told}, alive, lanes, t)
+        for name, value in {**told, "terminated": terminated, "mask": alive}.items():
+            steps.setdefault(name, np.zeros((len(lanes), args.horizon)))[:, t] = value * alive
+        observations.append(tensor(obs).unflatten(0, shape))
         alive = alive & ~(terminated | truncated)
         if not alive.any():
             break
-    batch = {name: tensor(x[:, : t + 1]) for name, x in steps.items()}
-    batch |= {"obs": torch.stack(observations[:-1], 1), "next_obs": torch.stack(observations[1:], 1)}
-    batch["actions"] = torch.stack(actions, 1)
+
+    batch = {name: tensor(x[:, : t + 1]).unflatten(0, shape) for name, x in steps.items()}
+    batch["dense_rewards"] = batch["rewards"]
+    if "sparse_reward" in batch:
+        batch["sparse_rewards"] = batch.pop("sparse_reward")
+    batch["obs"] = torch.stack(observations[:-1], 2)
+    batch["next_obs"] = torch.stack(observations[1:], 2)
+    batch["actions"] = torch.stack(actions, 2)
     for name in ("obs", "next_obs", "actions"):
         batch[name][batch["mask"] == 0] = 0
     return batch
 
 
+def episode_scores(batch, mean_actions: dict | None = None) -> dict[str, torch.Tensor]:
+    """Means over each task's episodes, (N,): undiscounted return and, where defined, success.
+
+    Given another batch, of mean actions, those are its scores, and the batch's are sampled_*.
+    """
+    if mean_actions:
+        sampled = {f"sampled_{name}": x for name, x in episode_scores(batch).items()}
+        return sampled | episode_scores(mean_actions)
+    scores = {"return": batch["rewards"].sum(-1).mean(1)}
+    if "success" in batch:
+        scores["success"] = batch["success"].amax(-1).mean(1)
+    return scores
+
+
 # <<< shared: rollout
 # >>> shared: run
 
-MAY_BE_ZERO = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps"}
-MAY_BE_ZERO |= {"gae_lambda", "cg_damping", "ent_coef", "embedding_size"}
-MAY_BE_ZERO |= {"bias_size", "expert_noise", "expert_round_steps", "importance_clip"}
-MAY_BE_ZERO |= {"init_mu_std"}
-MAY_BE_ZERO |= {"posterior_steps", "extra_steps", "warmup_iterations", "kl_weight", "regularization", "context_window"}
-FORMAT = 2  # of checkpoints; those without a number were written up to commit 2d14005, which reads them
-MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "num_threads", "eval_every", "checkpoint_every"}
-MAY_CHANGE_TO_EVALUATE = {"num_test_tasks", "num_eval_steps", "eval_episodes", "deterministic_eval", "test_reward"}
-MAY_CHANGE_TO_EVALUATE |= {"eval_context", "exploration_episodes"}
+FORMAT = (
+    2  # of checkpoints; those without a number are of commit 2d14005 or older, which reads them
+)
+MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "num_threads"}
+MAY_CHANGE |= {"eval_every", "checkpoint_every"}
 
 
 def fail(message: str) -> NoReturn:
     """End the program with one line and a non-zero status."""
     raise SystemExit(f"error: {message}")
-
-
-def keyed_rng(seed: int, purpose: str, *key: int) -> np.random.Generator:
-    """The generator of one purpose and key. There are no others, so that no draw depends on an earlier one.
-
-    As a spawn key, (1,) and (1, 0) are two streams; as entropy they would be one.
-    """
-    entropy = [seed, zlib.crc32(purpose.encode())]
-    return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=key))
 
 
 def show(*lines: str):
@@ -892,40 +796,32 @@ def show(*lines: str):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def keyed_rng(seed: int, purpose: str, *key: int) -> np.random.Generator:
+    """The generator of one purpose and key. There are no others: no draw depends on an earlier one.
+
+    As a spawn key, (1,) and (1, 0) are two streams; as entropy they would be one.
+    """
+    entropy = [seed, zlib.crc32(purpose.encode())]
+    return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=key))
+
+
 def ranks() -> tuple[int, int]:
     """This process's rank and the number of processes; (0, 1) without torchrun."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def require_torchrun():
-    """End the program if some of torchrun's variables are set, and not all, or not to what it sets them to."""
-    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
-    found = {name: os.environ[name] for name in names if name in os.environ}
-    if not found.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}:
-        return
-    if missing := [name for name in names if name not in found]:
-        fail(f"{', '.join(found)} without {', '.join(missing)}: start with torchrun, or unset them")
-    if not all(value.isdecimal() for name, value in found.items() if name != "MASTER_ADDR"):
-        fail(f"no numbers of torchrun: {found}")
-    rank, size, local_rank, local_size = (int(found[name]) for name in names[:4])
-    if not (rank < size and local_rank < local_size <= size):
-        fail(f"RANK {rank} of {size}, LOCAL_RANK {local_rank} of {local_size}: not set by torchrun")
-
-
-def shard(n: int) -> slice:
-    """This rank's share of n items; the number of ranks divides n."""
-    rank, size = ranks()
-    return slice(rank * n // size, (rank + 1) * n // size)
-
-
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
-    """Sum of x over the ranks, in place."""
+    """Sum of x over the ranks, on each of them."""
+    if ranks()[1] == 1:
+        return x
     try:
-        if ranks()[1] > 1:
-            torch.distributed.all_reduce(x)
+        if torch.distributed.get_backend() == "nccl":
+            x = x.cuda()
+        torch.distributed.all_reduce(x)
     except RuntimeError as error:  # say so at once: torchrun is about to end this process
         reason = re.split(r"\. |\n", str(error))[0]
-        sys.stderr.write(f"error: lost another rank; --resume goes on from the last checkpoint ({reason})\n")
+        lost = "lost another rank; --resume goes on from the last checkpoint"
+        sys.stderr.write(f"error: {lost} ({reason})\n")
         sys.exit(1)
     return x
 
@@ -935,8 +831,13 @@ def task_mean(x: torch.Tensor) -> float:
     return all_reduce(x.mean() / ranks()[1]).item()
 
 
+def num_steps(batches) -> int:
+    """Environment steps in the batches of all ranks."""
+    return int(all_reduce(sum(batch["mask"].sum() for batch in batches)))
+
+
 def parse(args_class, argv: list[str] | None = None):
-    """Args from the command line; those of the saved run are the defaults with --resume or --evaluate."""
+    """Args from the command line; with --resume or --evaluate, the saved run's are the defaults."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without ± or Greek letters
@@ -948,83 +849,95 @@ def parse(args_class, argv: list[str] | None = None):
             fail(f"{flag}: the name of the folder is empty")
     folder = args.resume or args.evaluate
     if not folder or "--env-id" in given:
-        sys.path.append(os.getcwd())  # the last place to look for module:Id-v0, if the user named it
-    if folder:
-        saved = args_class(**load_checkpoint(folder, args_class)["args"])
-        if ":" in str(saved.env_id):
-            show(f"tasks of {folder} come from {module_file(saved.env_id)}")
-        args = tyro.cli(args_class, args=argv, default=saved)
-        for name in asdict(saved).keys() - MAY_CHANGE - (MAY_CHANGE_TO_EVALUATE if args.evaluate else set()):
-            if getattr(args, name) != getattr(saved, name):
-                fail(f"--{name.replace('_', '-')} of {folder} is {getattr(saved, name)} and cannot change")
+        sys.path.append(
+            os.getcwd()
+        )  # the last place to look for module:Id-v0, if the user named it
+    if not folder:
+        return args
+    saved = args_class(**load_checkpoint(folder, args_class)["args"])
+    if ":" in saved.env_id:
+        found = importlib.util.find_spec(saved.env_id.split(":")[0])
+        if not found:
+            where = f"{saved.env_id} is not beside the script, nor installed; if it is"
+            fail(f"{where} in the working folder, give --env-id {saved.env_id} too")
+        show(f"tasks of {folder} come from {found.origin}")
+    args = tyro.cli(args_class, args=argv, default=saved)
+    for name in asdict(saved).keys() - MAY_CHANGE if args.resume else ():
+        if getattr(args, name) != getattr(saved, name):
+            flag = f"--{name.replace('_', '-')}"
+            fail(f"{flag} of {folder} is {getattr(saved, name)} and cannot change")
     return args
 
 
-def module_file(env_id: str) -> str:
-    """The file of module:Id-v0, found without importing it."""
-    try:
-        return importlib.util.find_spec(env_id.partition(":")[0]).origin
-    except (AttributeError, ImportError, ValueError):
-        lacking = f"{env_id} is not beside the script, nor installed"
-        fail(f"{lacking}; if it is in the working folder, give --env-id {env_id} too")
+def setup(args) -> tuple:
+    """Check the arguments, seed torch, set threads and device, join the ranks.
 
-
-def is_a(value, kind) -> bool:
-    """Whether a flag's value is of its annotation: a type, a Literal, or a union of these."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_args(kind):
-        return any(is_a(value, one) for one in get_args(kind))
-    return type(value) is kind or (type(value) is int and kind is float)
-
-
-def setup(args) -> torch.device:
-    """Check the arguments that every script has, seed torch, set threads and device, join the ranks."""
-    require_torchrun()
-    kinds = get_type_hints(type(args))
+    Returns a copy of args, the device, and the checkpoint of --resume or --evaluate, else {}.
+    """
+    args = replace(args)
     for name, value in asdict(args).items():
-        flag, zero = f"--{name.replace('_', '-')} {value}", name in MAY_BE_ZERO
-        if not is_a(value, kinds[name]):
-            fail(f"{flag}: must be {getattr(kinds[name], '__name__', kinds[name])}")
+        flag = f"--{name.replace('_', '-')} {value}"
+        zero = name in args.may_be_zero
         if type(value) in (int, float) and not (0 < value < math.inf or (zero and value == 0)):
             fail(f"{flag}: must be {'0 or more' if zero else 'above 0'}")
-        if name in ("gamma", "gae_lambda", "tau", "expert_gamma") and value is not None and value > 1:
+        if name in args.at_most_one and value > 1:
             fail(f"{flag}: must be at most 1")
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
+    join_ranks(args)
+    checkpoint = {}
+    if args.resume or args.evaluate:
+        checkpoint = load_checkpoint(args.resume or args.evaluate, type(args))
+    if args.resume and checkpoint["ranks"] != ranks()[1]:
+        fail(f"--resume: {args.resume} is a run of {checkpoint['ranks']} ranks, not {ranks()[1]}")
+    if args.resume and checkpoint["global_step"] >= args.total_timesteps:
+        show(f"{args.resume} is complete; its meta-test:")
+        args = replace(args, resume="", evaluate=args.resume)
+    torch.manual_seed(args.seed)
+    share = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    torch.set_num_threads(args.num_threads or share)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    return args, torch.device("cuda" if args.cuda else "cpu"), checkpoint
+
+
+def join_ranks(args):
+    """Take this rank's device, and meet the other ranks, if torchrun has started them."""
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"]
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    if found.keys() - {"MASTER_PORT"}:
+        numbers = [int(value) for value in found.values() if value.isdecimal()]
+        whole = len(numbers) == 5 and "MASTER_ADDR" in os.environ
+        if not (whole and numbers[0] < numbers[1] and numbers[2] < numbers[3] <= numbers[1]):
+            fail(f"{found} was not set by torchrun: start with it, or unset these variables")
     if args.meta_batch_size % ranks()[1]:
         fail(f"--meta-batch-size {args.meta_batch_size}: not divisible by the {ranks()[1]} ranks")
     if args.cuda and not torch.cuda.is_available():
         fail("--cuda: torch finds no GPU")
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.num_threads or max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu")
     if args.cuda:
-        torch.cuda.set_device(device)  # before any collective, or all ranks meet on the first GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # before any collective
     if ranks()[1] > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if args.cuda else "gloo")
-        atexit.register(torch.distributed.destroy_process_group)  # its threads can abort a Python that is ending
-    return device
+        atexit.register(torch.distributed.destroy_process_group)  # or its threads abort the exit
 
 
 def layout(state, name: str = "") -> list[str]:
-    """Where what lies in a checkpoint: name, type and, of tensors, dtype and shape of every entry."""
+    """Where what lies in a checkpoint: name, type, and dtype and shape of every tensor."""
     if isinstance(state, dict | list | tuple):
         items = state.items() if isinstance(state, dict) else enumerate(state)
-        return [f"{name} {type(state).__name__}"] + [line for k, x in items for line in layout(x, f"{name}/{k}")]
+        inside = [line for key, value in items for line in layout(value, f"{name}/{key}")]
+        return [f"{name} {type(state).__name__}", *inside]
     shape = f" {state.dtype} {tuple(state.shape)}" if torch.is_tensor(state) else ""
     return [f"{name} {type(state).__name__}{shape}"]
 
 
-def load_checkpoint(folder: str, args_class) -> dict:
-    """The last checkpoint of a run of this script, on the CPU; ends the program if there is none.
+def load_checkpoint(folder: str, args_class, name: str = "checkpoint.pt") -> dict:
+    """What Run.save has written last, on the CPU; ends the program if it is not whole.
 
-    Nothing in it is executed (weights_only). A changed byte shows in the archive's checksums, which torch does not
-    compare, and an entry that was added, lost or reshaped in its layout.
+    Nothing in it is executed (weights_only). A changed byte shows in the archive's checksums, which
+    torch does not compare; an entry that was added, lost or reshaped shows in its layout.
     """
-    path = Path(folder) / "checkpoint.pt"
+    path = Path(folder) / name
     if not path.is_file() and any(Path(folder).glob("events.out.tfevents.*")):
         fail(f"{folder} was stopped before its first checkpoint: start again, without --resume")
     if not path.is_file():
@@ -1033,139 +946,278 @@ def load_checkpoint(folder: str, args_class) -> dict:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
                 raise ValueError
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        algorithm, form, args = (checkpoint[name] for name in ("algorithm", "format", "args"))
-        whole = checkpoint.pop("layout") == layout(checkpoint)
-        args_class(**args) if algorithm == args_class.exp_name else None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        algorithm, number = state["algorithm"], state["format"]
+        whole = state.pop("layout") == layout(state)
+        if algorithm == args_class.exp_name:
+            args_class(**state["args"])
     except Exception as error:  # a truncated or foreign file raises almost anything
         fail(f"{path} is damaged or no checkpoint of this version ({type(error).__name__})")
     if algorithm != args_class.exp_name:
         fail(f"{path} was written by {algorithm}.py")
-    if form != FORMAT or not whole:
-        fail(f"{path} was changed, or is of format {form}; this version reads format {FORMAT}")
-    return checkpoint
+    if number != FORMAT or not whole:
+        fail(f"{path} was changed, or is of format {number}; this version reads format {FORMAT}")
+    return state
+
+
+def restore(own: dict, saved: dict | None) -> dict:
+    """What was saved in place of own tensors by name, if anything was; their shapes must agree."""
+    if saved is None:
+        return own
+    shapes = [{name: tuple(x.shape) for name, x in state.items()} for state in (own, saved)]
+    if shapes[0] != shapes[1]:
+        odd = sorted(name for name, _ in set(shapes[0].items()) ^ set(shapes[1].items()))
+        fail(f"the checkpoint is of other networks than these flags make: {odd[0]} differs")
+    return {name: saved[name].to(x) for name, x in own.items()}
 
 
 class Run:
-    """What surrounds training: the run's folder, TensorBoard, progress bar, checkpoints, signals. Rank 0 writes."""
+    """What surrounds training: counts, times, TensorBoard, progress bar, checkpoints, signals.
 
-    def __init__(self, args, global_step: int):
-        self.args, self.metrics, self.signalled, self.writes = args, {}, False, ranks()[0] == 0
-        self.first_step, self.start, self.printed = global_step, time.perf_counter(), time.perf_counter()
-        self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        if self.writes:
-            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
-            self.folder = Path(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", name))
-            with self.writing():
-                # purge_step hides what will be done again
-                self.writer = SummaryWriter(str(self.folder), purge_step=global_step + 1)
-                rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
-                self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
-            show(f"writing to {self.folder}")
-            self.terminal = bool(sys.stdout) and sys.stdout.isatty()
-            file = sys.stdout if self.terminal else open(os.devnull, "w")
-            self.bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, file=file)
+    Rank 0 writes.
+    """
+
+    def __init__(self, args, checkpoint: dict):
+        self.args = args
+        self.iteration = checkpoint.get("iteration", 0)
+        self.global_step = self.first_step = checkpoint.get("global_step", 0)
+        self.metrics = {}
+        self.rank, self.num_ranks = ranks()
+        self.signalled = self.stopped = False
+        self.start = self.printed = time.perf_counter()
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self._on_signal)
+        now = all_reduce(torch.tensor(time.time_ns() // 10**6 * (self.rank == 0)))  # rank 0's
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now.item()}"
+        self.folder = Path(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", name))
+        if self.rank > 0:
+            return
+        with self._writing():  # purge_step hides what will be done again
+            self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1)
+            rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+            self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
+        show(f"writing to {self.folder}")
+        self.terminal = bool(sys.stdout) and sys.stdout.isatty()
+        self.bar = tqdm(
+            total=args.total_timesteps,
+            initial=self.global_step,
+            unit="step",
+            unit_scale=True,
+            file=sys.stdout if self.terminal else open(os.devnull, "w"),
+            bar_format="{l_bar}{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]",
+        )
+
+    def __enter__(self):
+        return self
 
     @contextmanager
-    def writing(self):
-        """Ends the program with one line where the disk is full, the folder read-only, or `runs` a file."""
+    def _writing(self):
+        """Ends the program with one line where the disk is full or the folder read-only."""
         try:
             yield
         except (OSError, RuntimeError) as error:  # torch says "iostream error" of a full disk
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            kept = "; the last checkpoint is kept" if (self.folder / "checkpoint.pt").is_file() else ""
-            fail(f"cannot write to {self.folder}: {reason}{kept}")
+            kept = (self.folder / "checkpoint.pt").is_file()
+            last = "; the last checkpoint is kept" if kept else ""
+            fail(f"cannot write to {self.folder}: {reason}{last}")
 
     def _on_signal(self, number, frame):
         self.signalled = True
         signal.signal(number, signal.SIG_DFL)  # a second one aborts
 
-    def stopping(self) -> bool:
-        """Whether a signal has asked any of the ranks to stop."""
-        return bool(all_reduce(torch.tensor(int(self.signalled), device="cuda" if self.args.cuda else "cpu")))
+    @property
+    def complete(self) -> bool:
+        return self.global_step >= self.args.total_timesteps
 
-    def log(self, metrics: dict[str, float], global_step: int):
-        """Write scalars to TensorBoard, and move the bar; without a terminal, print it every ten seconds."""
+    def next_iteration(self) -> bool:
+        """Count one more, unless all steps are done or a signal has stopped the run."""
+        if self.complete or self.stopped:
+            return False
+        self.iteration += 1
+        self.times = {}
+        self.clock = time.perf_counter()
+        return True
+
+    def key(self, purpose: str, *key: int) -> tuple:
+        """Of this iteration's draws, each rank's its own."""
+        return purpose, self.iteration, *key, *([self.rank] if self.rank else [])
+
+    def lap(self, name: str):
+        """time/{name}: the seconds since the last lap of this iteration."""
         now = time.perf_counter()
-        self.metrics |= metrics | {"charts/SPS": (global_step - self.first_step) / (now - self.start)}
-        if self.writes:
-            with self.writing():
-                for tag in [*metrics, "charts/SPS"]:
-                    self.writer.add_scalar(tag, self.metrics[tag], global_step)
-            names = {"charts/pre_adaptation_return": "before", "charts/episodic_return": "after adaptation"}
-            shown = [f"{name} {self.metrics[tag]:.2f}" for tag, name in names.items() if tag in self.metrics]
-            self.bar.set_postfix_str(", ".join(shown), refresh=False)
-            self.bar.update(global_step - self.bar.n)
-            if not self.terminal and (now - self.printed > 10 or global_step >= self.args.total_timesteps):
-                self.printed = now
-                show(str(self.bar))
+        self.times[f"time/{name}"] = now - self.clock
+        self.clock = now
 
-    def save(self, **state):
-        """Replace checkpoint.pt, which is at no moment half written."""
-        if self.writes:
-            state |= {"algorithm": type(self.args).exp_name, "format": FORMAT}
-            state |= {"args": asdict(self.args) | {"resume": "", "evaluate": ""}}
-            with self.writing():
-                self.writer.flush()  # first: what is logged up to a checkpoint is not logged again
-                torch.save(state | {"layout": layout(state)}, self.folder / "checkpoint.tmp")
-                os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+    def due(self, every: int) -> bool:
+        return self.iteration % every == 0 or self.complete
 
-    def close(self):
+    def log(self, metrics: dict[str, float]):
+        """Write scalars to TensorBoard, and move the bar; without a terminal, every ten seconds."""
+        now = time.perf_counter()
+        rate = (self.global_step - self.first_step) / (now - self.start)
+        metrics = metrics | self.times | {"charts/SPS": rate}
+        kept = {tag: x for tag, x in metrics.items() if tag.startswith(("eval/", "charts/"))}
+        self.metrics |= kept
+        if self.rank > 0:
+            return
+        with self._writing():
+            for tag, value in metrics.items():
+                self.writer.add_scalar(tag, value, self.global_step)
+        tags = ("charts/pre_adaptation_return", "charts/episodic_return")
+        returns = " -> ".join(f"{self.metrics[tag]:.2f}" for tag in tags if tag in self.metrics)
+        self.bar.set_description_str(f"return {returns}", refresh=False)
+        self.bar.update(self.global_step - self.bar.n)
+        if not self.terminal and (now - self.printed > 10 or self.complete):
+            self.printed = now
+            show(str(self.bar))
+
+    def saving(self) -> bool:
+        """Whether a checkpoint is due, or a signal has asked one of the ranks to stop here."""
+        self.stopped = bool(all_reduce(torch.tensor(int(self.signalled))))
+        return self.due(self.args.checkpoint_every) or self.stopped
+
+    def save(self, own: dict | None = None, **state):
+        """Replace the checkpoint, which is at no moment half written.
+
+        state is the same on all ranks; own is what each keeps for itself, its replay. Rank 0 has its
+        own in checkpoint.pt, which is renamed last; the others write a file of this iteration.
+        """
+        if own and self.rank > 0:
+            self._write({"own": own}, f"rank{self.rank}.{self.iteration}.pt")
+        all_reduce(torch.zeros(1))  # all have written
+        if self.rank == 0:
+            counts = {"iteration": self.iteration, "global_step": self.global_step}
+            self._write(state | counts | {"own": own or {}}, "checkpoint.pt")
+        all_reduce(torch.zeros(1))
+        for old in self.folder.glob(f"rank{self.rank}.*.pt"):
+            if old.name != f"rank{self.rank}.{self.iteration}.pt":
+                old.unlink()
+
+    def _write(self, state: dict, name: str):
+        state |= {"algorithm": type(self.args).exp_name, "format": FORMAT, "ranks": self.num_ranks}
+        state |= {"args": asdict(self.args) | {"resume": "", "evaluate": ""}}
+        with self._writing():
+            if self.rank == 0:
+                self.writer.flush()  # first: what is logged up to here is not logged again
+            torch.save(state | {"layout": layout(state)}, self.folder / f"{name}.tmp")
+            os.replace(self.folder / f"{name}.tmp", self.folder / name)
+
+    def own(self, checkpoint: dict) -> dict:
+        """What this rank has kept for itself in the checkpoint of a run to resume."""
+        if self.rank == 0:
+            return checkpoint["own"]
+        name = f"rank{self.rank}.{self.iteration}.pt"
+        return load_checkpoint(str(self.folder), type(self.args), name)["own"]
+
+    def __exit__(self, kind, error, traceback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if self.writes:
+        if self.rank == 0:
             self.bar.close()
             self.writer.close()
-            if self.signalled and not sys.exc_info()[0]:
-                show(f"stopped; --resume {self.folder} goes on from here")
+        if isinstance(error, SystemExit) and not error.code:
+            fail(f"{self.args.env_id} has called sys.exit()")
+        if self.stopped and not error:
+            show(f"stopped; --resume {self.folder} goes on from here")
 
 
-def gather_scores(scores: dict[str, torch.Tensor], num_tasks: int) -> dict[str, np.ndarray]:
-    """Scores (K + 1, num_tasks) from what each rank has filled into its columns of (K + 1, num_tasks or more) zeros."""
-    if all_reduce(scores["return"].new_tensor(float("success" in scores))) > 0:  # some rank has met it
-        scores.setdefault("success", torch.zeros_like(scores["return"]))
-    return {name: all_reduce(score)[:, :num_tasks].cpu().numpy() for name, score in sorted(scores.items())}
+def stack_scores(scores: list[list[dict]], num_tasks: int) -> dict[str, np.ndarray]:
+    """Scores[k], of groups of tasks after k adaptations -> (K + 1, num_tasks) by name.
+
+    The last group may have wrapped around; what a group does not report is 0.
+    """
+    stacked = {}
+    for name in sorted({name for row in scores for group in row for name in group}):
+        rows = [
+            torch.cat([group.get(name, 0 * group["return"]) for group in row]) for row in scores
+        ]
+        stacked[name] = torch.stack(rows)[:, :num_tasks].cpu().numpy()
+    return stacked
 
 
 def over_tasks(score: np.ndarray, tasks: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Mean of score (..., M) over M tasks (M, ...), half its 95% interval, and the number of different tasks.
+    """Mean of score (..., M) over tasks (M, ...), half its 95% interval, and the different tasks.
 
-    Copies of a task are averaged first. Student's t, its quantile to 0.2% (Abramowitz and Stegun 26.7.5); below four
-    different tasks the interval is NaN.
+    Copies of a task are averaged first. Student's t, its quantile to 0.2% (Abramowitz and Stegun
+    26.7.5); below four different tasks the interval is NaN.
     """
-    _, task, copies = np.unique([task.tobytes() for task in tasks], return_inverse=True, return_counts=True)
-    score = np.stack([np.bincount(task, row) for row in score.reshape(-1, len(tasks))]) / copies
-    n, nu = len(copies), max(len(copies) - 1, 1)
-    quantile = 1.96 + 2.372 / nu + 2.823 / nu**2 + 2.556 / nu**3 + 1.589 / nu**4 if n > 3 else math.nan
-    half = quantile * score.std(1, ddof=int(n > 1)) / n**0.5
-    return score.mean(1), half, n
+    rows = [task.tobytes() for task in tasks]
+    _, which, copies = np.unique(rows, return_inverse=True, return_counts=True)
+    sums = [np.bincount(which, row) for row in score.reshape(-1, len(tasks))]
+    score = np.stack(sums) / copies
+    n = len(copies)
+    nu = max(n - 1, 1)
+    quantile = 1.96 + 2.372 / nu + 2.823 / nu**2 + 2.556 / nu**3 + 1.589 / nu**4
+    half = quantile * score.std(1, ddof=min(n - 1, 1)) / n**0.5
+    return score.mean(1), half if n > 3 else half * math.nan, n
 
 
-def report(scores: dict[str, np.ndarray], tasks: np.ndarray, episodes: int, printed=False) -> dict[str, float]:
-    """Meta-test scores (K + 1, M), or (M,), of tasks (M, ...) as eval/* metrics; printed, also as a table.
+def report(scores: dict, tasks: np.ndarray, args, episodes: dict | None = None) -> dict[str, float]:
+    """Meta-test scores (K + 1, M), or (M,), of tasks (M, ...) as eval/* metrics; NaN: not scored.
 
-    Row k is what comes after k x episodes.
+    Row k is what comes after k x eval_episodes. Given the episodes, the end of a run, it also
+    prints a table, and with --evaluate writes all of it to evaluation.npz.
     """
     metrics, table = {}, []
     for name, score in scores.items():
-        means, halves, different = over_tasks(score, tasks)
-        shown = [f"{x:10.3f}" + f" ± {half:.3f}" * (different > 3) for x, half in zip(means, halves, strict=True)]
+        known = ~np.isnan(score).reshape(-1, len(tasks)).any(0)
+        means, halves, different = over_tasks(score[..., known], tasks[known])
+        shown = [f"{mean:10.3f}" for mean in means]
+        if different > 3:
+            shown = [f"{x} ± {half:.3f}" for x, half in zip(shown, halves, strict=True)]
         if score.ndim == 1:
             metrics[f"eval/{name}"] = float(means[0])
             table.append(f"{name}: {shown[0].strip()}")
             continue
-        few = f" ({different} different)" if different < len(tasks) else ""
+        few = f" ({different} different)" if different < known.sum() else ""
         interval = " and 95% interval over tasks" if different > 3 else ""
-        table.append(f"{name} on {len(tasks)} held-out tasks{few}, mean{interval}:")
+        table.append(f"{name} on {known.sum()} held-out tasks{few}, mean{interval}:")
         for k, mean in enumerate(means):
-            metrics[f"eval/{name}_after_{k * episodes}_episodes"] = float(mean)
-            table.append(f"  after {k * episodes:4d} episodes {shown[k]}")
-    if printed:
+            count = k * args.eval_episodes
+            metrics[f"eval/{name}_after_{count}_episodes"] = float(mean)
+            table.append(f"  after {count:4d} episodes {shown[k]}")
+    if episodes is not None:
         show(*table)
+    if episodes is not None and args.evaluate and ranks()[0] == 0:
+        arrays = {name: x.cpu().numpy() for name, x in episodes.items() if x.numel() < 2**22}
+        np.savez(Path(args.evaluate) / "evaluation.npz", tasks=tasks, **scores, **arrays)
     return metrics
 
 
 # <<< shared: run
+# >>> shared: actions
+
+
+def distribution(dist_params: torch.Tensor, discrete=False) -> Categorical | Independent:
+    """Of mean and log std (..., 2A), or of logits (..., n); log_prob and KL are sums over A."""
+    if discrete:
+        return Categorical(logits=dist_params, validate_args=False)
+    mean, log_std = dist_params.chunk(2, -1)
+    return Independent(Normal(mean, log_std.exp(), validate_args=False), 1)
+
+
+def draw_actions(dist_params: torch.Tensor, noise: torch.Tensor, discrete=False) -> torch.Tensor:
+    """Actions (..., A), or (...); noise (..., A): normal, for logits Gumbel, 0 for mean or mode."""
+    if discrete:
+        return (dist_params + noise).argmax(-1)  # Gumbel noise makes it a draw from the softmax
+    mean, log_std = dist_params.chunk(2, -1)
+    return mean + log_std.exp() * noise
+
+
+def probability_ratio(dist_params: torch.Tensor, batch: dict, discrete=False) -> torch.Tensor:
+    """π(a|o) / π_old(a|o) of the actions of a batch; 1 where the mask is 0."""
+    logprobs = distribution(dist_params, discrete).log_prob(batch["actions"])
+    return torch.exp((logprobs - batch["logprobs"]) * batch["mask"])
+
+
+def tasks_at_once(obs: torch.Tensor) -> int | None:
+    """How many of the tasks of obs (N, E, T, O) vmap takes at a time: 8000 steps suit a cache."""
+    return None if obs.is_cuda else max(1, 8000 // obs[0, ..., 0].numel())
+
+
+# <<< shared: actions
 # >>> shared: advantages
 
 
@@ -1175,43 +1227,63 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor, dim=None, keepdim=False) ->
 
 
 def discounted_sum(x: torch.Tensor, discount: float) -> torch.Tensor:
-    """y_t = Σ_{s ≥ t} discount^(s-t) x_s along the last axis, as one product with a triangular matrix."""
+    """y_t = Σ_{s ≥ t} discount^(s-t) x_s along the last axis: a product with a triangular matrix."""
     steps = torch.arange(x.shape[-1], device=x.device)
     ahead = steps[:, None] - steps  # (s, t)
     return x @ torch.where(ahead >= 0, discount ** ahead.clamp(min=0).to(x.dtype), 0)
 
 
 def gae(rewards, values, mask, gamma: float, gae_lambda: float) -> torch.Tensor:
-    """Generalised advantage estimates (..., T); the value after an episode's last step is 0, a time limit included."""
+    """Generalised advantage estimates (..., T); after an episode's last step, one that a time limit
+    ends included, the value is 0.
+    """
     values = values * mask
     next_values = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
     return discounted_sum((rewards + gamma * next_values - values) * mask, gamma * gae_lambda)
 
 
 # <<< shared: advantages
+# >>> shared: moments
+
+
+def moments(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (...) of x (*mask.shape, ...) where mask is 1, over all ranks."""
+    dims = tuple(range(mask.ndim))
+    weight = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+    count = all_reduce(mask.sum())
+    mean = all_reduce((x * weight).sum(dims)) / count
+    variance = all_reduce(((x - mean) ** 2 * weight).sum(dims)) / count
+    return mean, variance.sqrt()
+
+
+# <<< shared: moments
 # >>> shared: baseline
 
 
 def linear_baseline(obs: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Values (N, E, T) of a linear function of o, o², t, t², t³ and 1, fitted to the returns of each task by itself.
+    """Values (N, E, T), linear in o, o², t, t², t³ and 1, fitted to the returns of each task.
 
-    Ridge regression (1e-5) on the data that it predicts, o clipped to ±10 and t in hundreds: Duan et al. 2016,
-    arXiv 1604.06778, and the code of Finn et al. In double precision, as the features are nearly collinear.
+    Ridge regression (1e-5) on the data that it predicts, o clipped to ±10 and t in hundreds: Duan
+    et al. 2016, arXiv 1604.06778, and the code of Finn et al. In double precision, as the features
+    are nearly collinear.
     """
-    obs, t = obs.clamp(-10, 10).double(), torch.arange(obs.shape[2], device=obs.device).double() / 100
+    obs = obs.clamp(-10, 10).double()
+    t = torch.arange(obs.shape[2], device=obs.device).double() / 100
     time = torch.stack([t, t**2, t**3, torch.ones_like(t)], -1).expand(*obs.shape[:3], 4)
     x = torch.cat([obs, obs**2, time], -1).flatten(1, 2)  # (N, E T, F)
     xm = x * mask.double().flatten(1, 2).unsqueeze(-1)
     ridge = 1e-5 * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    weights = torch.linalg.solve(xm.mT @ x + ridge, xm.mT @ returns.double().flatten(1, 2).unsqueeze(-1))
+    targets = returns.double().flatten(1, 2).unsqueeze(-1)
+    weights = torch.linalg.solve(xm.mT @ x + ridge, xm.mT @ targets)
     return (x @ weights).view_as(returns).to(returns.dtype)
 
 
-def standardised_advantages(batch, gamma: float, gae_lambda: float) -> torch.Tensor:
-    """Advantages (N, E, T) against the task's linear baseline, with mean 0 and std 1 over the steps of each task."""
+def standardised_advantages(batch, args) -> torch.Tensor:
+    """(N, E, T) against each task's linear baseline, with mean 0 and std 1 over its steps."""
     mask = batch["mask"]
-    values = linear_baseline(batch["obs"], discounted_sum(batch["rewards"], gamma), mask)
-    advantages = gae(batch["rewards"], values, mask, gamma, gae_lambda)
+    returns = discounted_sum(batch["rewards"], args.gamma)
+    values = linear_baseline(batch["obs"], returns, mask)
+    advantages = gae(batch["rewards"], values, mask, args.gamma, args.gae_lambda)
     centred = (advantages - masked_mean(advantages, mask, (1, 2), True)) * mask
     return centred / (masked_mean(centred**2, mask, (1, 2), True).sqrt() + 1e-8)
 
