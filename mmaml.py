@@ -143,7 +143,7 @@ class Policy(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Embeddings (N, Z): a GRU over each episode, layers, the mean over a task's episodes, layers."""
+    """Embeddings (N, Z): a GRU over each episode, layers, the mean over episodes, layers."""
 
     def __init__(self, input_size: int, size: int):
         super().__init__()
@@ -336,10 +336,10 @@ def mode_scores(returns, embedding, tasks, num_modes) -> dict[str, np.ndarray]:
 
 @torch.no_grad()
 def evaluate(agent, tasks, num_modes, args) -> tuple[dict, dict]:
-    """(7) Meta-test on tasks (M, K): the scores before and after each of num_eval_steps adaptations.
+    """(7) Meta-test on tasks (M, K): scores before and after each of num_eval_steps adaptations.
 
     {"return": (num_eval_steps + 1, M), ...}, means over a task's episodes; and the first tasks'
-    episodes, all embeddings (Z, M). Draws depend on the seed alone; only sampled ones are adapted to.
+    episodes, all embeddings (Z, M). Draws depend on the seed alone; mean actions only score.
     """
     play_means = partial(collect, policy=agent.policy, args=args, test=True, deterministic=True)
     scores = [[] for _ in range(args.num_eval_steps + 1)]
