@@ -130,6 +130,7 @@ class Args:
     may_be_zero: ClassVar = {"seed", "task_seed", "horizon", "num_threads", "num_eval_steps", "gae_lambda",
                              "expert_noise", "bias_size", "importance_clip"}
     at_most_one: ClassVar = {"gamma", "gae_lambda", "expert_gamma", "tau"}
+    gone: ClassVar = {"--expert-round-steps": "it paid on one family of three (docs/gmps.md)"}
 # fmt: on
 
 
@@ -244,56 +245,46 @@ def split(meta) -> tuple[dict, dict]:
 
 
 def expert_iteration(sac, data, policy, run, args) -> dict[str, float]:
-    """(1) Collect with the SAC expert, if that is who is imitated, and train it; (2) in the end, or
-    at once, demonstrations. Returns what to log.
+    """(1) Train the SAC expert, if that is who is imitated; (2) in the end, or at once, let the
+    expert demonstrate. Returns what to log.
     """
+    episodes = args.expert_episodes
     metrics = {}
-    ids = torch.arange(len(data.tasks), device=data.told.device)
-    lanes = data.told.repeat_interleave(args.expert_episodes, 0)
 
-    def explore(_, obs, noise):
-        actions = sac.sample_actions(obs.flatten(0, 1), lanes, noise.flatten(0, 1))
-        return actions.unflatten(0, noise.shape[:2])
-
-    def demonstrate(_, obs, noise):
-        actions = data.act(obs.flatten(0, 1), lanes).unflatten(0, obs.shape[:2])
-        return actions + args.expert_noise * noise
-
-    def play(act, k):
-        key = run.key("train", k)
-        return rollout(act, None, data.tasks, args.expert_episodes, key, args)
-
-    # (1)
+    # (1) episodes in all tasks, and gradient steps
     if sac:
-        batch = play(explore, 0)
+        batch = rollout(sac.act, data.told, data.tasks, episodes, run.key("train", 0), args)
         run.global_step += num_steps([batch])
-        sac.replay.add(ids, *to_rows(batch, sac.columns))
+        rows, mask = to_rows(batch, sac.columns)
+        sac.replay.add(data.ids, rows, mask)
         metrics["expert/return"] = task_mean(episode_scores(batch)["return"])
         run.lap("collect")
-        generator = torch_generator(ids.device, args.seed, *run.key("update"))
+        generator = torch_generator(data.told.device, args.seed, *run.key("update"))
         metrics |= sac.learn(data.told, generator, args)
         run.lap("update")
 
-    # (2)
+    # (2) demonstrations
     if not sac or run.global_step >= args.expert_timesteps:
-        batch = play(demonstrate, 1)
+        batch = rollout(data.noisy_act, data.told, data.tasks, episodes, run.key("train", 1), args)
         run.global_step += num_steps([batch])
-        data.add(ids, batch)
+        data.add(data.ids, batch)
         policy.measure(data.states())
         metrics["expert/demonstration_return"] = task_mean(episode_scores(batch)["return"])
+        run.lap("collect")
         if sac:
             sac.replay.count.zero_()  # no longer needed, nor saved
     return metrics
 
 
-def pick_tasks(num_tasks: int, n: int, run, args) -> np.ndarray:
-    """n of a rank's own tasks: one of each num_tasks / n neighbouring ones, in turn.
+def pick_tasks(n: int, num_tasks: int, run, args) -> np.ndarray:
+    """n of a rank's num_tasks tasks: one of each num_tasks / n neighbouring ones, in turn.
 
     Where a pass over them begins is drawn: families deal their modes in turn, too, and a round is
     to hold them all.
     """
     firsts = np.arange(n + 1) * num_tasks // n
-    rng = keyed_rng(args.seed, "tasks", run.iteration * n // num_tasks, *run.key("")[2:])
+    rank = [run.rank] if run.rank else []  # as in run.key
+    rng = keyed_rng(args.seed, "tasks", run.iteration * n // num_tasks, *rank)
     begin = rng.integers(firsts[:-1], firsts[1:])
     return firsts[:-1] + (begin + run.iteration) % np.diff(firsts)
 
@@ -301,9 +292,9 @@ def pick_tasks(num_tasks: int, n: int, run, args) -> np.ndarray:
 def imitation_round(meta, optimizer, data, policy, run, args) -> dict[str, float]:
     """(3)-(6) Collect, let the expert label more states, and imitate it; returns what to log."""
     n = args.meta_batch_size // run.num_ranks
-    picked = pick_tasks(len(data.tasks), n, run, args)
+    picked = pick_tasks(n, len(data.tasks), run, args)
     tasks = data.tasks[picked]
-    ids = torch.as_tensor(picked, device=data.told.device)
+    ids = data.ids[picked]
     theta, step_sizes = split(meta)
 
     # (3) a batch of episodes
@@ -341,6 +332,7 @@ def imitation_round(meta, optimizer, data, policy, run, args) -> dict[str, float
     metrics["losses/action_std"] = theta["log_std"].exp().mean().item()
     if not math.isfinite(metrics["losses/imitation"]):
         fail("the imitation loss is not finite: try a smaller --inner-lr or --learning-rate")
+    run.lap("update")
     return metrics
 
 
@@ -373,23 +365,14 @@ def evaluate(meta, tasks, policy, args) -> tuple[dict, dict]:
 def main(args: Args) -> dict[str, float]:
     """Train, resume or only evaluate; returns the last value of every eval/* and charts/* tag."""
     args, device, checkpoint = setup(args)
-    check_flags(args)
     envs, train_tasks, test_tasks = make_tasks(args)
-    if isinstance(envs.single_action_space, gym.spaces.Discrete):
-        fail(f"{args.env_id} has Discrete actions; gmps.py needs Box")
+    check_flags(envs, args)
     obs_size = envs.single_observation_space.shape[0]
     action_size = envs.single_action_space.shape[0]
-    at_once = args.expert_episodes * args.horizon
     if checkpoint:
         train_tasks = checkpoint["tasks"].numpy()
     elif args.demos:
-        shape = train_tasks.shape[1:]
-        train_tasks, rows, mask = load_demos(args.demos, obs_size, action_size, shape)
-        at_once = mask.shape[1]
-        if len(train_tasks) != args.num_train_tasks:
-            fail(f"--num-train-tasks {args.num_train_tasks}: {args.demos} has {len(train_tasks)}")
-    if not checkpoint:
-        check_room(at_once, args)
+        train_tasks, rows, mask = load_demos(obs_size, action_size, train_tasks.shape[1:], args)
 
     # meta-parameters: θ, and α for each of those that the inner step changes
     policy = Policy(obs_size, action_size, args).to(device)
@@ -406,21 +389,9 @@ def main(args: Args) -> dict[str, float]:
     # the expert, and the D_i of this rank's tasks
     meta = {name: p.requires_grad_() for name, p in meta.items()}
     optimizer = torch.optim.Adam(meta.values(), lr=args.learning_rate, fused=True)
-    tensor = partial(torch.as_tensor, dtype=torch.get_default_dtype(), device=device)
-    told = tensor(train_tasks)
-    sac = act = None
-    if args.expert == "sac":
-        sac = SacExpert(told, obs_size, action_size, args)
-        act = sac.mean_actions
-    if args.expert == "scripted":
-        act = scripted_expert(envs)
-    rank, num_ranks = ranks()
-    own = np.array_split(np.arange(args.num_train_tasks), num_ranks)[rank]
-    sizes = {"obs": obs_size, "labels": action_size}
-    data = Demonstrations(train_tasks[own], told[own], act, sizes, args)
+    sac, data = make_expert(envs, train_tasks, device, args)
     if args.demos and not checkpoint:
-        ids = torch.arange(len(own), device=device)
-        data.replay.add(ids, tensor(rows[own]), tensor(mask[own]))
+        data.fill(rows, mask)
         policy.measure(data.states())
 
     with Run(args, checkpoint) as run:
@@ -436,7 +407,6 @@ def main(args: Args) -> dict[str, float]:
                 metrics = expert_iteration(sac, data, policy, run, args)
             else:
                 metrics = imitation_round(meta, optimizer, data, policy, run, args)
-            run.lap("update")
 
             # log, (7) meta-test, save
             if demonstrated and run.due(args.eval_every):
@@ -447,14 +417,13 @@ def main(args: Args) -> dict[str, float]:
             if run.saving():
                 own_state = {"data": data.replay.state()}
                 state = {"meta": {name: p.detach() for name, p in meta.items()}}
+                state["optimizer"] = optimizer.state_dict()
+                state["units"] = dict(policy.named_buffers())
+                state["tasks"] = torch.from_numpy(train_tasks)
                 if sac:
                     own_state["sac"] = sac.replay.state()
                     state["sac"] = sac.state()
-                state |= {
-                    "optimizer": optimizer.state_dict(),
-                    "units": dict(policy.named_buffers()),
-                }
-                run.save(own=own_state, tasks=torch.from_numpy(train_tasks), **state)
+                run.save(own=own_state, **state)
     if run.complete:
         report(scores, test_tasks, args, episodes)
     return run.metrics
@@ -659,8 +628,9 @@ def make_envs(env_id: str, num_envs: int = 1) -> gym.vector.VectorEnv:
                 return envs
         return UserEnvs(env_id, num_envs)
     except ModuleNotFoundError as error:
+        package = error.name.partition(".")[0]
         own = error.name == module
-        needed = f"{module}.py beside the script" if own else f"pip install {error.name}"
+        needed = f"{module}.py beside the script" if own else f"pip install {package}"
         fail(f"no tasks {env_id}: {error}; it needs {needed}")
     except gym.error.Error as error:
         near = difflib.get_close_matches(env_id, [*POINT_FAMILIES, *gym.registry])
@@ -872,9 +842,12 @@ def parse(args_class, argv: list[str] | None = None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without ± or Greek letters
-    args = tyro.cli(args_class, args=argv)
     words = sys.argv[1:] if argv is None else argv
     given = {word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+    for flag, instead in getattr(args_class, "gone", {}).items():
+        if flag in given:
+            fail(f"{flag} is gone: {instead}")
+    args = tyro.cli(args_class, args=argv)
     for flag in ("--resume", "--evaluate"):
         if flag in given and not getattr(args, flag[2:]):
             fail(f"{flag}: the name of the folder is empty")
@@ -911,7 +884,7 @@ def setup(args) -> tuple:
         zero = name in args.may_be_zero
         if type(value) in (int, float) and not (0 < value < math.inf or (zero and value == 0)):
             fail(f"{flag}: must be {'0 or more' if zero else 'above 0'}")
-        if name in args.at_most_one and value > 1:
+        if name in args.at_most_one and (value or 0) > 1:
             fail(f"{flag}: must be at most 1")
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
@@ -1112,8 +1085,8 @@ class Run:
     def save(self, own: dict | None = None, **state):
         """Replace the checkpoint, which is at no moment half written.
 
-        state is the same on all ranks; own is what each keeps for itself, its replay. Rank 0 has its
-        own in checkpoint.pt, which is renamed last; the others write a file of this iteration.
+        state is the same on all ranks; own is what each keeps for itself, its replay. That of rank
+        0 is in checkpoint.pt, which is renamed last; the others write a file of this iteration.
         """
         if own and self.rank > 0:
             self._write({"own": own}, f"rank{self.rank}.{self.iteration}.pt")
@@ -1549,16 +1522,19 @@ class SacExpert:
         width = sum(self.columns.values())
         self.replay = Replay(own, capacity, width, tasks.device, "--expert-timesteps")
 
-    def sample_actions(self, obs, tasks, noise) -> torch.Tensor:
-        """obs (B, O), tasks (B, K), normal noise (B, A) -> (B, A)."""
-        return self.networks.act(obs, self.units(tasks), noise)[0]
+    def units(self, tasks) -> torch.Tensor:
+        """What the networks are given: tasks (B, K) less their mean, over their spread."""
+        return ((tasks - self.mean) / self.scale).flatten(1)
+
+    def act(self, tasks, obs, noise) -> torch.Tensor:
+        """Of rollout: tasks (M, K), obs (M, E, O), normal noise (M, E, A) -> (M, E, A)."""
+        given = self.units(tasks).unsqueeze(1).expand(-1, obs.shape[1], -1)
+        return self.networks.act(obs, given, noise)[0]
 
     def mean_actions(self, obs, tasks) -> torch.Tensor:
         """obs (B, O), tasks (B, K) -> (B, A)."""
-        return self.sample_actions(obs, tasks, obs.new_zeros(self.columns["actions"]))
-
-    def units(self, tasks) -> torch.Tensor:
-        return ((tasks - self.mean) / self.scale).flatten(1)
+        noise = obs.new_zeros(len(obs), self.columns["actions"])
+        return self.networks.act(obs, self.units(tasks), noise)[0]
 
     def step(self, tasks, generator, args) -> torch.Tensor:
         """A gradient step on a batch of every own task (M, K); its losses, and the entropy."""
@@ -1620,20 +1596,49 @@ def scripted_expert(envs):
     return act
 
 
-class Demonstrations:
-    """(2) D_i of this rank's training tasks (M, K): states, and what the expert does there, a*.
+def make_expert(envs, train_tasks: np.ndarray, device, args: Args) -> tuple:
+    """The SAC expert, if that is who is imitated, and the D_i, empty; tasks (all of them, K)."""
+    sizes = (envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
+    told = torch.as_tensor(train_tasks, dtype=torch.get_default_dtype(), device=device)
+    sac = act = None
+    if args.expert == "sac":
+        sac = SacExpert(told, sizes[0], sizes[1], args)
+        act = sac.mean_actions
+    if args.expert == "scripted":
+        act = scripted_expert(envs)
+    return sac, Demonstrations(train_tasks, told, act, sizes, args)
 
-    act: (obs (B, O), told (B, K)) -> actions (B, A), or None where there is nobody to ask; told are
-    the tasks as a tensor on the device.
+
+class Demonstrations:
+    """(2) D_i of this rank's M training tasks: states, and what the expert does there, a*.
+
+    tasks: (all of them, K); told: the same, on the device. act: (obs (B, O), told (B, K)) ->
+    actions (B, A), or None where there is nobody to ask.
     """
 
-    def __init__(self, tasks: np.ndarray, told: torch.Tensor, act, sizes: dict, args: Args):
-        self.tasks = tasks
-        self.told = told
+    def __init__(self, tasks: np.ndarray, told: torch.Tensor, act, sizes: tuple, args: Args):
+        rank, num_ranks = ranks()
+        self.own = np.array_split(np.arange(len(tasks)), num_ranks)[rank]
+        self.tasks = tasks[self.own]
+        self.told = told[self.own]
+        self.ids = torch.arange(len(self.own), device=told.device)
         self.act = act
-        self.columns = sizes
-        width = sum(self.columns.values())
-        self.replay = Replay(len(tasks), args.dataset_size, width, told.device, "--dataset-size")
+        self.noise = args.expert_noise
+        self.columns = dict(zip(("obs", "labels"), sizes, strict=True))
+        size = args.dataset_size
+        self.replay = Replay(len(self.own), size, sum(sizes), told.device, "--dataset-size")
+
+    def fill(self, rows: np.ndarray, mask: np.ndarray):
+        """Keep what load_demos returns."""
+        device = self.told.device
+        rows = torch.as_tensor(rows[self.own], dtype=self.told.dtype, device=device)
+        self.replay.add(self.ids, rows, torch.as_tensor(mask[self.own], device=device))
+
+    def noisy_act(self, tasks, obs, noise) -> torch.Tensor:
+        """Of rollout: told tasks (M, K), obs (M, E, O), normal noise (M, E, A) -> (M, E, A)."""
+        lanes = tasks.repeat_interleave(obs.shape[1], 0)
+        actions = self.act(obs.flatten(0, 1), lanes).unflatten(0, obs.shape[:2])
+        return actions + self.noise * noise
 
     @torch.no_grad()
     def add(self, ids: torch.Tensor, batch: dict):
@@ -1653,11 +1658,12 @@ class Demonstrations:
         return self.replay.rows[self.replay.filled(), : self.columns["obs"]]
 
 
-def load_demos(path: str, obs_size: int, action_size: int, task_shape: tuple) -> tuple:
-    """A file of demonstrations: tasks (M, K), rows of obs and action (M, B, O + A), a mask (M, B).
+def load_demos(obs_size: int, action_size: int, task_shape: tuple, args: Args) -> tuple:
+    """The file --demos: tasks (M, K), rows of obs and action (M, B, O + A), and their mask (M, B).
 
     Ends the program if the file is not as docs/gmps.md says.
     """
+    path = args.demos
     names = ("observations", "actions", "task_index", "tasks")
     try:
         if not Path(path).is_file():
@@ -1685,13 +1691,20 @@ def load_demos(path: str, obs_size: int, action_size: int, task_shape: tuple) ->
         fail(f"--demos {path}: task_index must name {every}")
     count = np.bincount(index.astype(int))
     mask = np.arange(count.max(initial=0)) < count[:, None]
+    if len(tasks) != args.num_train_tasks:
+        found = f"{path} has demonstrations of {len(tasks)} tasks"
+        fail(f"--num-train-tasks {args.num_train_tasks}: {found}")
+    if mask.shape[1] > args.dataset_size:
+        fail(f"--dataset-size {args.dataset_size}: {path} has a task of {mask.shape[1]} states")
     rows = np.zeros((*mask.shape, obs_size + action_size))
     rows[mask] = np.hstack([obs, actions])[np.argsort(index, kind="stable")]
     return tasks, rows, mask
 
 
-def check_flags(args):
-    """End the program if flags exclude each other."""
+def check_flags(envs, args):
+    """End the program if flags exclude each other, or leave no steps for a round."""
+    if isinstance(envs.single_action_space, gym.spaces.Discrete):
+        fail(f"{args.env_id} has Discrete actions; gmps.py needs Box")
     if args.num_train_tasks < args.meta_batch_size:
         few = f"less than --meta-batch-size {args.meta_batch_size}, and every task needs an expert"
         fail(f"--num-train-tasks {args.num_train_tasks}: {few}")
@@ -1701,17 +1714,14 @@ def check_flags(args):
         fail(f"--importance-clip {args.importance_clip}: must be 0, or 1 or more")
     if bool(args.demos) != (args.expert == "demos"):
         fail("--expert demos and --demos FILE go together")
-
-
-def check_room(at_once: int, args):
-    """End the program if there is no room for the expert's steps, or its states: at_once a task."""
-    steps = args.num_train_tasks * args.expert_episodes * args.horizon  # of a batch, at most
+    episodes = args.expert_episodes * args.horizon  # steps in a task at once, at most
+    steps = args.num_train_tasks * episodes
     least = {"sac": args.expert_timesteps + 2 * steps, "scripted": steps + 1, "demos": 1}
-    if args.total_timesteps < least[args.expert]:
+    if args.total_timesteps < least[args.expert] and not args.evaluate:
         used_up = f"the expert can use them up, give {least[args.expert]} or more"
         fail(f"--total-timesteps {args.total_timesteps}: {used_up}")
-    if args.dataset_size < at_once:
-        few = f"less than the {at_once} states of a task that are added at once"
+    if args.dataset_size < episodes and not (args.demos or args.evaluate):
+        few = f"less than the {episodes} states of a task that are added at once"
         fail(f"--dataset-size {args.dataset_size}: {few}")
 
 

@@ -125,6 +125,7 @@ class Args:
                              "extra_steps", "warmup_iterations", "context_window", "replay_size",
                              "kl_weight", "regularization"}
     at_most_one: ClassVar = {"gamma", "tau"}
+    gone: ClassVar = {"--preset": "the paper's values are in benchmarks/pearl.txt"}
 # fmt: on
 
 
@@ -628,8 +629,9 @@ def make_envs(env_id: str, num_envs: int = 1) -> gym.vector.VectorEnv:
                 return envs
         return UserEnvs(env_id, num_envs)
     except ModuleNotFoundError as error:
+        package = error.name.partition(".")[0]
         own = error.name == module
-        needed = f"{module}.py beside the script" if own else f"pip install {error.name}"
+        needed = f"{module}.py beside the script" if own else f"pip install {package}"
         fail(f"no tasks {env_id}: {error}; it needs {needed}")
     except gym.error.Error as error:
         near = difflib.get_close_matches(env_id, [*POINT_FAMILIES, *gym.registry])
@@ -841,9 +843,12 @@ def parse(args_class, argv: list[str] | None = None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without ± or Greek letters
-    args = tyro.cli(args_class, args=argv)
     words = sys.argv[1:] if argv is None else argv
     given = {word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+    for flag, instead in getattr(args_class, "gone", {}).items():
+        if flag in given:
+            fail(f"{flag} is gone: {instead}")
+    args = tyro.cli(args_class, args=argv)
     for flag in ("--resume", "--evaluate"):
         if flag in given and not getattr(args, flag[2:]):
             fail(f"{flag}: the name of the folder is empty")
@@ -880,7 +885,7 @@ def setup(args) -> tuple:
         zero = name in args.may_be_zero
         if type(value) in (int, float) and not (0 < value < math.inf or (zero and value == 0)):
             fail(f"{flag}: must be {'0 or more' if zero else 'above 0'}")
-        if name in args.at_most_one and value > 1:
+        if name in args.at_most_one and (value or 0) > 1:
             fail(f"{flag}: must be at most 1")
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
@@ -1081,8 +1086,8 @@ class Run:
     def save(self, own: dict | None = None, **state):
         """Replace the checkpoint, which is at no moment half written.
 
-        state is the same on all ranks; own is what each keeps for itself, its replay. Rank 0 has its
-        own in checkpoint.pt, which is renamed last; the others write a file of this iteration.
+        state is the same on all ranks; own is what each keeps for itself, its replay. That of rank
+        0 is in checkpoint.pt, which is renamed last; the others write a file of this iteration.
         """
         if own and self.rank > 0:
             self._write({"own": own}, f"rank{self.rank}.{self.iteration}.pt")

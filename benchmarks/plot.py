@@ -7,6 +7,12 @@
     python benchmarks/plot.py families PNG CSV [CSV ...]           the last return, a panel per FAMILY_LABEL_SEED.csv
     python benchmarks/plot.py figure PNG CSV [CSV ...]             all returns of one label: training, adaptation curve
 
+Of the evaluation.npz that --evaluate writes to a run's folder:
+
+    python benchmarks/plot.py tasks NPZ            the return of each different held-out task
+    python benchmarks/plot.py episodes PNG NPZ     episodes in the plane, before and after adaptation (maesn.py)
+    python benchmarks/plot.py embedding PNG NPZ    embeddings of the tasks, by mode (mmaml.py)
+
 A CSV's label is its name up to _SEED.csv. Over seeds: the interquartile mean and its 95% bootstrap interval (Agarwal et
 al. 2021, arXiv 2108.13264). Only the figures need matplotlib.
 """
@@ -83,7 +89,9 @@ def table(tags: list[str], paths: list[str]):
 
 
 def steps_to(tag: str, value: float, paths: list[str]):
-    print(f"| label | steps until {tag} reaches {value:g}, by seed | the last value, by seed |\n|-|-|-|")
+    print(
+        f"| label | steps until {tag} reaches {value:g}, by seed | the last value, by seed |\n|-|-|-|"
+    )
     for label, runs in by_label(paths).items():
         first = [run["global_step"][run[tag] >= value][:1] for run in runs]
         steps = ", ".join(f"{x[0]:,.0f}" if len(x) else "never" for x in first)
@@ -97,7 +105,12 @@ def save(fig, png: str):
     fig.savefig(png, dpi=150)
 
 
-def draw(axes, labels: dict[str, list[dict[str, np.ndarray]]], everyone: list[str], tag: str | None = None):
+def draw(
+    axes,
+    labels: dict[str, list[dict[str, np.ndarray]]],
+    everyone: list[str],
+    tag: str | None = None,
+):
     """A line per label, with the interval over its seeds; of a tag, or of the last return that a label has.
 
     everyone: the labels of all panels, each of which has its colour.
@@ -105,7 +118,9 @@ def draw(axes, labels: dict[str, list[dict[str, np.ndarray]]], everyone: list[st
     for label, runs in labels.items():
         name = tag or max((x for x in runs[0] if x.startswith("eval/return_after_")), key=episodes)
         runs = [{column: x[~np.isnan(run[name])] for column, x in run.items()} for run in runs]
-        first, last = (pick(run["global_step"][i] for run in runs) for pick, i in ((max, 0), (min, -1)))
+        first, last = (
+            pick(run["global_step"][i] for run in runs) for pick, i in ((max, 0), (min, -1))
+        )
         steps = np.unique(np.concatenate([run["global_step"] for run in runs]))
         steps = steps[(first <= steps) & (steps <= last)]
         values = np.stack([np.interp(steps, run["global_step"], run[name]) for run in runs], -1)
@@ -140,15 +155,27 @@ def families(png: str, paths: list[str]):
     for name, runs in by_label(paths).items():
         family, label = name.split("_", 1)
         panels[family][label] = runs
-    fig, row = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 4.6), layout="constrained", squeeze=False)
+    fig, row = plt.subplots(
+        1, len(panels), figsize=(4.5 * len(panels), 4.6), layout="constrained", squeeze=False
+    )
     everyone = sorted({label for labels in panels.values() for label in labels})
     for axes, (family, labels) in zip(row[0], panels.items(), strict=True):
         draw(axes, labels, everyone)
-        low, high = np.percentile(np.concatenate([line.get_ydata() for line in axes.lines]), [25, 75])
-        bottom = max(axes.get_ylim()[0], low - 5 * (high - low))  # one bad test would flatten all lines
+        low, high = np.percentile(
+            np.concatenate([line.get_ydata() for line in axes.lines]), [25, 75]
+        )
+        bottom = max(
+            axes.get_ylim()[0], low - 5 * (high - low)
+        )  # one bad test would flatten all lines
         top = axes.dataLim.y1
         axes.set(title=family, ylim=(bottom, top + 0.05 * (top - bottom)))
-        axes.legend(frameon=False, fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.17))
+        axes.legend(
+            frameon=False,
+            fontsize="small",
+            ncols=2,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.17),
+        )
     row[0, 0].set(ylabel="return on held-out tasks, adapted")
     save(fig, png)
 
@@ -159,21 +186,89 @@ def figure(png: str, paths: list[str]):
 
     runs = [read(path) for path in paths]
     tags = {episodes(tag): tag for tag in runs[0] if tag.startswith("eval/return")}
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=[1.7, 1], layout="constrained")
+    fig, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 3.4), width_ratios=[1.7, 1], layout="constrained"
+    )
     for i, (n, tag) in enumerate(sorted(tags.items())):
         for j, run in enumerate(runs):
             label = f"after {n} episodes" if j == 0 else None
-            left.plot(run["global_step"] / 1e6, run[tag], color=f"C{i}", alpha=0.9 if j == 0 else 0.5, label=label)
+            left.plot(
+                run["global_step"] / 1e6,
+                run[tag],
+                color=f"C{i}",
+                alpha=0.9 if j == 0 else 0.5,
+                label=label,
+            )
     for run in runs:
-        right.plot(sorted(tags), [run[tags[n]][-1] for n in sorted(tags)], "o-", color="0.3", alpha=0.8)
+        right.plot(
+            sorted(tags), [run[tags[n]][-1] for n in sorted(tags)], "o-", color="0.3", alpha=0.8
+        )
     left.set(xlabel="million environment steps of meta-training", ylabel="return on held-out tasks")
-    right.set(xlabel="episodes of the new task", xticks=sorted(tags), title="at the end, a line per seed")
+    right.set(
+        xlabel="episodes of the new task", xticks=sorted(tags), title="at the end, a line per seed"
+    )
     left.legend(frameon=False)
+    save(fig, png)
+
+
+def tasks(npz: str):
+    """A line per different task: its mean return after each adaptation, with a 95% interval over its copies."""
+    with np.load(npz) as file:
+        returns, every = file["return"], file["tasks"]  # (K + 1, M), (M, ...)
+    different, which = np.unique(every, axis=0, return_inverse=True)
+    for i, task in enumerate(different):
+        scores = returns[:, which.ravel() == i]
+        errors = 1.96 * scores.std(1) / scores.shape[1] ** 0.5
+        cells = [f"{x:.1f} ± {error:.1f}" for x, error in zip(scores.mean(1), errors, strict=True)]
+        print(f"task {np.round(task, 3)}, {scores.shape[1]} times: ", " -> ".join(cells))
+
+
+def episodes_in_the_plane(png: str, npz: str):
+    """Before adaptation and after its last step; the first two observations are x and y, a task is a goal."""
+    import matplotlib.pyplot as plt
+
+    with np.load(npz) as file:
+        goals = file["tasks"]
+        phases = [
+            file[name] for name in sorted(file.files, key=len) if name.startswith("obs_")
+        ]  # (N, E, T, O)
+    fig, row = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharex=True, sharey=True)
+    for axes, shown, title in zip(
+        row, (phases[0][:1], phases[-1][:5]), ("before", "after"), strict=True
+    ):
+        for i, paths in enumerate(shown):
+            axes.plot(*paths[..., :2].transpose(2, 1, 0), color=f"C{i}", alpha=0.4, linewidth=0.8)
+            axes.plot(*goals[i, :2], "*", color=f"C{i}", markersize=14, markeredgecolor="k")
+        axes.set(title=f"{shown.shape[1]} episodes per task, {title} adaptation", aspect="equal")
+    save(fig, png)
+
+
+def embedding(png: str, npz: str):
+    """Embeddings (Z, M) in their two principal components, coloured by the last number of each task, its mode."""
+    import matplotlib.pyplot as plt
+
+    with np.load(npz) as file:
+        points, modes = file["embedding"], file["tasks"][:, -1]
+    centred = points - points.mean(1, keepdims=True)
+    directions, sizes, _ = np.linalg.svd(centred, full_matrices=False)
+    fig, axes = plt.subplots(figsize=(4.5, 4), layout="constrained")
+    dots = axes.scatter(*directions[:, :2].T @ centred, c=modes, s=12, cmap="turbo")
+    share = sizes**2 / (sizes**2).sum()
+    axes.set(
+        xlabel=f"first component ({share[0]:.0%})", ylabel=f"second component ({share[1]:.0%})"
+    )
+    fig.colorbar(dots, label="mode, or the last number of the task")
     save(fig, png)
 
 
 if __name__ == "__main__":
     match sys.argv[1:]:
+        case ["tasks", npz]:
+            tasks(npz)
+        case ["episodes", png, npz]:
+            episodes_in_the_plane(png, npz)
+        case ["embedding", png, npz]:
+            embedding(png, npz)
         case ["csv", run, path]:
             to_csv(run, path)
         case ["table", *names] if names and names[-1].endswith(".csv"):

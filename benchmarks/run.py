@@ -31,7 +31,10 @@ def experiments(path: Path) -> list[tuple[str, int, list[str]]]:
         if line.strip() and not line.startswith("#"):
             label, seeds, command = (part.strip() for part in line.split("|"))
             first, _, last = seeds.partition("-")
-            found += [(label, seed, shlex.split(command)) for seed in range(int(first), int(last or first) + 1)]
+            found += [
+                (label, seed, shlex.split(command))
+                for seed in range(int(first), int(last or first) + 1)
+            ]
     return sorted(found, key=lambda one: one[1])
 
 
@@ -43,12 +46,15 @@ def run(name: str, label: str, seed: int, command: list[str]) -> str:
     folder, (script, *flags) = ROOT / "benchmarks" / "runs" / name / f"{label}_{seed}", command
     folder.mkdir(parents=True, exist_ok=True)
     done = [path.parent.relative_to(folder) for path in folder.glob("runs/*/checkpoint.pt")]
-    first = flags[:1] if flags and flags[0].endswith(".py") else []  # the script that both_scores.py is to run
-    flags = [*first, "--resume", str(done[0])] if done else [*flags, "--seed", str(seed)]
+    flags = ["--resume", str(done[0])] if done else [*flags, "--seed", str(seed)]
     clock, start = folder / "seconds", time.time()
     with open(folder / "log.txt", "a") as log:
-        process = subprocess.run([sys.executable, ROOT / script, *flags], cwd=folder, stdout=log, stderr=log)
-    seconds = time.time() - start + (float(clock.read_text()) if clock.exists() else 0)  # of all attempts
+        process = subprocess.run(
+            [sys.executable, ROOT / script, *flags], cwd=folder, stdout=log, stderr=log
+        )
+    seconds = (
+        time.time() - start + (float(clock.read_text()) if clock.exists() else 0)
+    )  # of all attempts
     clock.write_text(str(seconds))
     last = (folder / "log.txt").read_text().splitlines()[-1:]
     if process.returncode or last[0].startswith("stopped"):
@@ -67,7 +73,9 @@ def run(name: str, label: str, seed: int, command: list[str]) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("list", type=Path)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, at most the number of cores")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="runs at once, at most the number of cores"
+    )
     args = parser.parse_args()
     with ThreadPoolExecutor(min(args.jobs, os.cpu_count())) as pool:
         for outcome in pool.map(lambda one: run(args.list.stem, *one), experiments(args.list)):

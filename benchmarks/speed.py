@@ -15,12 +15,13 @@ import argparse
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -92,12 +93,17 @@ def envs_table(lanes: int, rounds: int, steps: int = 20):
     import maml_trpo
 
     pool, rng = ThreadPoolExecutor(os.cpu_count()), np.random.default_rng(0)
-    print(f"| family, {lanes} lanes | steps/s | SyncVectorEnv | AsyncVectorEnv | bare mj_step | / Sync | / bare |")
+    print(
+        f"| family, {lanes} lanes | steps/s | SyncVectorEnv | AsyncVectorEnv | bare mj_step | / Sync | / bare |"
+    )
     print("|-|-|-|-|-|-|-|", flush=True)
     for family, v5 in V5.items():
         envs = maml_trpo.make_envs(family, lanes)
         tasks = envs.sample_tasks(lanes, rng)
-        vectors = {mode: gym.make_vec(v5, num_envs=40, vectorization_mode=mode) for mode in ("sync", "async")}
+        vectors = {
+            mode: gym.make_vec(v5, num_envs=40, vectorization_mode=mode)
+            for mode in ("sync", "async")
+        }
         rates = {name: [] for name in ("ours", "sync", "async", "bare")}
         for _ in range(rounds):
             actions = rng.uniform(-0.3, 0.3, (steps, lanes, envs.model.nu))
@@ -142,13 +148,16 @@ def script_row(script: str, flags: list[str]):
 
         return make_timed
 
-    name = "make_trial_envs" if hasattr(module, "make_trial_envs") else "make_envs"
-    setattr(module, name, timed(getattr(module, name)))
+    module.make_envs = cache(
+        timed(module.make_envs)
+    )  # once per lanes, or steps would be timed twice
     log = module.Run.log
 
     def timed_log(run, *args):
         totals.append(simulating[0])
-        if len(totals) == 5:  # the sixth iteration is slow: its products are counted; PEARL has gradient steps by then
+        if (
+            len(totals) == 5
+        ):  # the sixth iteration is slow: its products are counted; PEARL has gradient steps by then
             counter.__enter__()
         if len(totals) == 6:
             counter.__exit__(None, None, None)
@@ -163,11 +172,21 @@ def script_row(script: str, flags: list[str]):
     events = EventAccumulator(str(folder)).Reload()
     # without the first iteration, which warms up, the sixth, and the last, which ends with a meta-test
     timed = [*range(1, 5), *range(6, len(totals) - 1)]
-    collect, update = (np.array([e.value for e in events.Scalars(f"time/{x}")])[timed] for x in ("collect", "update"))
-    steps, simulate = (np.diff(x, prepend=0)[timed] for x in ([e.step for e in events.Scalars("time/collect")], totals))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    collect, update = (
+        np.array([e.value for e in events.Scalars(f"time/{x}")])[timed]
+        for x in ("collect", "update")
+    )
+    steps, simulate = (
+        np.diff(x, prepend=0)[timed]
+        for x in ([e.step for e in events.Scalars("time/collect")], totals)
+    )
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        1e9 if sys.platform == "darwin" else 1e6
+    )
     memory = torch.cuda.max_memory_allocated() / 1e9 if "--cuda" in flags else memory
-    seconds = " | ".join(f"{np.median(x):.3f}" for x in (collect - simulate, simulate, update, collect + update))
+    seconds = " | ".join(
+        f"{np.median(x):.3f}" for x in (collect - simulate, simulate, update, collect + update)
+    )
     speed = counter.get_total_flops() / np.median(collect - simulate + update) / 1e9
     size, device = (8192, "cuda") if "--cuda" in flags else (1024, "cpu")
     a, products = torch.randn(size, size, device=device), []
@@ -186,10 +205,19 @@ def scripts_table(iterations: int, flags: list[str]):
     for script, own, steps in SCRIPTS:
         if "--compile" in own and "--cuda" not in flags:
             continue
-        given = [*own.split(), "--total-timesteps", str(iterations * steps), "--eval-every", "1000000", *flags]
+        given = [
+            *own.split(),
+            "--total-timesteps",
+            str(iterations * steps),
+            "--eval-every",
+            "1000000",
+            *flags,
+        ]
         command = [sys.executable, __file__, "row", script, *given]
         with tempfile.TemporaryDirectory() as folder:
-            output = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
+            output = subprocess.run(
+                command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True
+            ).stdout
         print(f"| `{f'{script} {own}'.strip()}` | {output.splitlines()[-1]}", flush=True)
 
 
@@ -203,36 +231,59 @@ def pearl_table(rounds: int, num_threads: int, device: str):
     import pearl
 
     torch.set_num_threads(num_threads or os.cpu_count())
-    args = pearl.with_preset(pearl.Args(env_id="HalfCheetahVel-v0", preset="paper"))
-    n, b, c, z = args.meta_batch_size, args.batch_size, args.context_size, args.latent_size
-    sizes, steps = [17, 6, 1, 17, 1, 1], args.gradient_steps if device == "cuda" else 5
-    agent = pearl.Agent(17, 6, 24, z, args.hidden_size, args.encoder_size).to(device)
-    groups = {"critics": [*agent.critics.parameters(), *agent.encoder.parameters()], "actor": agent.actor.parameters()}
+    lines = (ROOT / "benchmarks" / "pearl.txt").read_text().splitlines()
+    (recipe,) = (
+        x for x in lines if "paper" in x.split("|")[0] and "--env-id HalfCheetahVel-v0" in x
+    )
+    flags = shlex.split(recipe.split("|")[2])[1:]
+    args = pearl.by_kind(
+        pearl.parse(pearl.Args, [*flags, *(["--cuda"] if device == "cuda" else [])])
+    )
+    args.horizon, args.replay_size = 200, 2000
+    n, b, c = args.meta_batch_size, args.batch_size, args.context_size
+    steps = args.gradient_steps if device == "cuda" else 5
+    agent = pearl.Agent(17, 6, args).to(device)
+    networks = {"critics": [*agent.sac.critics.parameters(), *agent.encoder.parameters()]}
+    networks["actor"] = [*agent.sac.actor.parameters()]
     adam = partial(torch.optim.Adam, lr=3e-4, fused=True, capturable=device == "cuda")
-    optimizers = {name: adam(group) for name, group in groups.items()}
-    replay = pearl.Replay(args.num_train_tasks, 2000, sum(sizes), torch.device(device))
-    ids, rand = torch.arange(args.num_train_tasks, device=device), partial(torch.randn, device=device)
-    replay.add(ids, rand(len(ids), 2000, sum(sizes)), torch.ones(len(ids), 2000, device=device))
-    window, generator = torch.stack([0 * ids, 0 * ids + 400], 1), torch.Generator(device)
-    context = {"size": c, "segment": 1, "longest": 2000, "width": 24}
-    names = "gamma", "reward_scale", "temperature", "kl_weight", "regularization", "tau"
-    settings = {name: getattr(args, name) for name in names}
+    optimizers = {name: adam(parameters) for name, parameters in networks.items()}
+    experience = pearl.Experience(np.zeros((args.num_train_tasks, 1)), agent, args)
+    replay, rand = experience.replay, partial(torch.randn, device=device)
+    ids = torch.arange(args.num_train_tasks, device=device)
+    replay.add(
+        ids, rand(len(ids), 2000, replay.rows.shape[1]), torch.ones(len(ids), 2000, device=device)
+    )
+    experience.window.copy_(torch.stack([0 * ids, 0 * ids + 400], 1))
+    generator = torch.Generator(device)
 
     def step():
-        draws = pearl.draw_batch(generator, replay, window, n, b, sizes, z, **context)
-        return pearl.gradient_step(agent, optimizers, *draws, n, **settings)
+        batch, context, mask, noise = experience.draw_batch(generator, args)
+        return pearl.gradient_step(agent, optimizers, batch, context, mask, noise, args)
 
     def products(mlp, rows, times, weight, inputs):
         """(rows, in, out) of the products: forward, and gradients in the weights and in the inputs of the layers."""
         for i, w in enumerate(mlp.weights):
             a, b = w.shape[1:]
-            found = [(rows, a, b)] + weight * [(a, rows, b)] + (inputs or (weight and i > 0)) * [(rows, b, a)]
+            found = (
+                [(rows, a, b)]
+                + weight * [(a, rows, b)]
+                + (inputs or (weight and i > 0)) * [(rows, b, a)]
+            )
             yield from times * found
 
-    q, pi = agent.critics, agent.actor
-    shapes = [*products(agent.encoder, n * c, 1, True, False), *products(pi, n * b, 1, False, False)]
-    shapes += [*products(q, n * b, 2, False, False), *products(q, n * b, 2, True, True)]  # targets; critics
-    shapes += [*products(pi, n * b, 1, True, False), *products(q, n * b, 2, False, True)]  # actor, through the critics
+    q, pi = agent.sac.critics, agent.sac.actor
+    shapes = [
+        *products(agent.encoder, n * c, 1, True, False),
+        *products(pi, n * b, 1, False, False),
+    ]
+    shapes += [
+        *products(q, n * b, 2, False, False),
+        *products(q, n * b, 2, True, True),
+    ]  # targets; critics
+    shapes += [
+        *products(pi, n * b, 1, True, False),
+        *products(q, n * b, 2, False, True),
+    ]  # actor, through the critics
     pairs = [(rand(a, b), rand(b, c), rand(a, c)) for a, b, c in shapes]
 
     def bound():
@@ -240,7 +291,9 @@ def pearl_table(rounds: int, num_threads: int, device: str):
             for a, b, out in pairs:
                 torch.mm(a, b, out=out)
 
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    where = (
+        torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    )
     calls = {f"pearl.py, {where}": partial(pearl.repeat, step, steps, generator, False)}
     if device == "cuda":
         calls["the same with --compile"] = partial(pearl.repeat, step, steps, generator, True)
@@ -251,10 +304,14 @@ def pearl_table(rounds: int, num_threads: int, device: str):
             times[name] += [seconds_of(call, device) / steps] * (k > 0)  # the first round warms up
     flop = 2 * sum(a * b * c for a, b, c in shapes)
     print(f"{flop / 1e9:.1f} GFLOP a step\n")
-    print("| gradient step, HalfCheetahVel-v0, 16 tasks x 256, 3 x 300 | ms | GFLOP/s | share |\n|-|-|-|-|")
+    print(
+        "| gradient step, HalfCheetahVel-v0, 16 tasks x 256, 3 x 300 | ms | GFLOP/s | share |\n|-|-|-|-|"
+    )
     for name, seconds in times.items():
         share = np.median(times["torch.mm of the same sizes"]) / np.median(seconds)
-        print(f"| {name} | {1000 * np.median(seconds):.2f} | {flop / np.median(seconds) / 1e9:,.0f} | {share:.0%} |")
+        print(
+            f"| {name} | {1000 * np.median(seconds):.2f} | {flop / np.median(seconds) / 1e9:,.0f} | {share:.0%} |"
+        )
 
 
 def main():
@@ -268,8 +325,12 @@ def main():
     parser.add_argument("--threads", type=int, default=0)
     args, flags = parser.parse_known_args()
     if args.iterations < 8:
-        parser.error("--iterations: at least 8, of which the first, the sixth and the last are not timed")
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
+        parser.error(
+            "--iterations: at least 8, of which the first, the sixth and the last are not timed"
+        )
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n"
+    )
     if args.what == "envs":
         envs_table(args.lanes, args.rounds)
     elif args.what == "pearl":

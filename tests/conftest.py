@@ -18,7 +18,7 @@ event_file_writer._global_uid = event_file_writer.AtomicCounter(
     10**6
 )  # files of one second are sorted by it, as text
 
-SCRIPTS = ["maml_trpo", "maesn", "gmps", "pearl"]  # the tests about the house run on each of these
+SCRIPTS = ["maml_trpo", "rl2", "pearl", "gmps", "maesn", "mmaml"]  # the house, on each of these
 
 # PointRobot has random starts and never ends early; an iteration of each script takes 160 steps
 TINY = {
@@ -53,7 +53,7 @@ OWN = {
         "replay_size": 500,
         "hidden_size": 8,
         "encoder_size": 8,
-        "anneal": False,  # a longer run would have other step sizes from the start
+        "anneal": "False",  # a longer run would have other step sizes from the start
         "exploration_episodes": 1,
     },
     # 80 steps of the SAC expert and 80 of demonstrations, then rounds of 80 and DAgger's 80
