@@ -1,33 +1,38 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=0.9", "tensorboard>=2.16", "tqdm>=4.66",
+# ]
+# ///
 """RL²: Fast Reinforcement Learning via Slow Reinforcement Learning.
-Duan, Schulman, Chen, Bartlett, Sutskever and Abbeel, 2016, arXiv 1611.02779; and, found independently,
+Duan, Schulman, Chen, Bartlett, Sutskever and Abbeel, 2016, arXiv 1611.02779; and, independently,
 Learning to reinforcement learn, Wang et al., 2016, arXiv 1611.05763.
 
-Trains a recurrent policy on trials: E episodes in a row of one task, through which its hidden state h is carried. It is
-told what its last action brought, so that it can learn about the task within the trial: the hidden state is what
-adapts, and the weights are the learning algorithm. Each iteration:
+Trains a recurrent policy on trials: E episodes in a row of one task, through which its hidden state
+h is carried. As it sees what its last action brought, it can learn about the task within the trial:
+h adapts, and the weights are the learning algorithm. Each iteration:
 
 (1) Draw a meta-batch of N tasks from the training distribution.
-(2) Play a trial in each. The policy sees (o_t, a_{t-1}, r_{t-1}, d_{t-1}), where d = 1 if the last step ended an
-    episode. h is reset at the start of the trial only.
-(3) Estimate advantages A (GAE) on the trial as one sequence: rewards of later episodes count, discounted, for the
-    actions of earlier ones. Only the end of the trial is terminal.
-(4) Split the trials into minibatches, run the network over each whole trial from h = 0, and back-propagate through it.
-(5) Step (Adam) on the loss of PPO: clipped surrogate, value error, entropy. Repeat (4), (5) for several epochs.
+(2) Play a trial in each. The policy sees (o_t, a_{t-1}, r_{t-1}, d_{t-1}), where d = 1 if the last
+    step ended an episode. h is reset at the start of the trial only.
+(3) Estimate advantages A (GAE) on the trial as one sequence: rewards of later episodes count,
+    discounted, for the actions of earlier ones. Only the end of the trial is terminal.
+(4) In minibatches of trials, run the network over each from h = 0, and back-propagate through it.
+(5) Step (Adam) on the loss of PPO: clipped surrogate, value error, entropy. Repeat (4) and (5).
 (6) Meta-test: trials on held-out tasks with fixed weights, the return of episode 1, 2, ….
 
 Train:     python rl2.py
 Resume:    python rl2.py --resume runs/NAME
 Evaluate:  python rl2.py --evaluate runs/NAME
 
-Differs from the paper in: PPO (the paper: TRPO), policy and value on one recurrent net (--separate-value: on two), a
-smaller net, on TabularMDP-v0 with a layer before and after the recurrent one, and a first iteration that only measures
-the units of observations, rewards and values. The list: docs/rl2.md.
+Differs from the paper in: PPO (the paper: TRPO), one recurrent net for policy and value, which is
+smaller (on TabularMDP-v0 with a layer before it and one after it), and a first iteration that only
+measures the units of observations, rewards and values. The whole list: docs/rl2.md.
 """
 
 from __future__ import annotations
 
 import atexit
-import copy
 import difflib
 import importlib.util
 import math
@@ -35,162 +40,113 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import zipfile
 import zlib
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import ClassVar, Literal, NoReturn, get_args, get_origin, get_type_hints
+from typing import ClassVar, Literal, NoReturn
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback, during these imports too
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends quietly, during these imports too
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
 import tyro
-from gymnasium.vector.utils import batch_space
 from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
+# fmt: off
 @dataclass
 class Args:
-    exp_name: str = "rl2"
-    """name of the experiment, part of the run's folder"""
-    env_id: str = "Bandit5Arms10-v0"
-    """tasks: Bandit{k}Arms{n}-v0, TabularMDP-v0, a family of the suite (docs/tasks.md), or module:Id-v0 for your own"""
-    seed: int = 1
-    """seed of the initial parameters, episodes and action noise"""
-    task_seed: int = 0
-    """seed of the task draws: training and held-out tasks depend on nothing else"""
-    total_timesteps: int = 10_000_000
-    """environment steps of training, meta-test excluded"""
-    meta_batch_size: int | None = None
-    """N, tasks and thereby trials per iteration (unset: 1000 on the bandits, 500 on TabularMDP-v0, 100 elsewhere)"""
-    episodes_per_task: int | None = None
-    """E, episodes of a trial (unset: 1 on the bandits, 10 on TabularMDP-v0, 2 elsewhere)"""
-    horizon: int = 0
-    """steps per episode at most (0: the family's own)"""
-    num_train_tasks: int = 0
-    """size of a fixed set of training tasks (0: fresh draws in every iteration)"""
-    num_test_tasks: int | None = None
-    """held-out tasks of the meta-test (unset: 20,000 on the bandits and TabularMDP-v0, 40 elsewhere)"""
-    num_eval_steps: int | None = None
-    """scores of a meta-test trial after the first one (unset: as many as make E episodes)"""
-    eval_episodes: int = 1
-    """episodes whose mean return is one score: a meta-test trial has (num_eval_steps + 1) x eval_episodes of them"""
-    deterministic_eval: bool = False
-    """meta-test with the most likely or mean action instead of sampled ones"""
-    train_reward: Literal["dense", "sparse"] = "dense"
-    """reward of meta-training, dense or sparse"""
-    test_reward: Literal["dense", "sparse"] = "dense"
-    """reward of the meta-test, dense or sparse"""
-    gamma: float = 0.99
-    """discount per step"""
-    cuda: bool = False
-    """compute on the GPU (these networks are small: two or three times as fast at best)"""
-    torch_deterministic: bool = True
-    """use deterministic kernels only"""
-    num_threads: int = 0
-    """CPU threads of torch and of the simulator (0: all cores)"""
-    eval_every: int = 100
-    """iterations between meta-tests"""
-    checkpoint_every: int = 10
-    """iterations between checkpoints"""
-    resume: str = ""
-    """folder of the run to go on with, from its last checkpoint"""
-    evaluate: str = ""
-    """folder of the run to meta-test, without training"""
+    exp_name: str = "rl2"  # name of the experiment, part of the run's folder
+    env_id: str = "Bandit5Arms10-v0"  # Bandit{k}Arms{n}-v0, TabularMDP-v0, one of docs/tasks.md, or module:Id-v0
+    seed: int = 1  # seed of the initial parameters, episodes and action noise
+    task_seed: int = 0  # seed of the task draws: training and held-out tasks depend on nothing else
+    total_timesteps: int = 10_000_000  # environment steps of training, meta-test excluded
+    meta_batch_size: int | None = None  # N, trials per iteration (unset: bandits 1000, TabularMDP-v0 500, else 100)
+    episodes_per_task: int | None = None  # E, episodes of a trial (unset: bandits 1, TabularMDP-v0 10, else 2)
+    horizon: int = 0  # steps per episode at most (0: the family's own)
+    num_train_tasks: int = 0  # size of a fixed set of training tasks (0: fresh draws in every iteration)
+    num_test_tasks: int | None = None  # held-out tasks of the meta-test (unset: bandits, TabularMDP-v0 20,000, else 40)
+    num_eval_steps: int | None = None  # scores of a meta-test trial after the first (unset: as many as make E episodes)
+    eval_episodes: int = 1  # episodes whose mean return is one score: a trial has (num_eval_steps + 1) x eval_episodes
+    deterministic_eval: bool = False  # score with the most likely or mean action instead of sampled ones
+    train_reward: Literal["dense", "sparse"] = "dense"  # reward of meta-training
+    test_reward: Literal["dense", "sparse"] = "dense"  # reward of the meta-test
+    gamma: float = 0.99  # discount per step
+    cuda: bool = False  # compute on the GPU (these networks are small: two or three times as fast at best)
+    torch_deterministic: bool = True  # use deterministic kernels only
+    num_threads: int = 0  # CPU threads of torch and of the simulator (0: all cores)
+    eval_every: int = 100  # iterations between meta-tests
+    checkpoint_every: int = 10  # iterations between checkpoints
+    resume: str = ""  # folder of the run to go on with, from its last checkpoint
+    evaluate: str = ""  # folder of the run to meta-test, without training
 
-    hidden_size: int = 64
-    """units of the recurrent layer"""
-    embedding_size: int | None = None
-    """units of a layer before and one after the recurrent one (0: none; unset: 128 on TabularMDP-v0, 0 elsewhere)"""
-    init_std: float = 1.0
-    """standard deviation of the actions before training, of [-1, 1]"""
-    separate_value: bool = False
-    """give the value function a recurrent layer of its own (better on HalfCheetahVel-v0, and slower)"""
-    gae_lambda: float | None = None
-    """λ of generalised advantage estimation (unset: the paper's 0.3 on bandits and TabularMDP-v0, 0.95 elsewhere)"""
-    normalize_advantage: bool = True
-    """standardise advantages over an iteration's steps (off: divide by the unit of values)"""
-    learning_rate: float = 2e-3
-    """step size of Adam"""
-    update_epochs: int = 4
-    """passes over an iteration's trials"""
-    num_minibatches: int = 8
-    """minibatches, of whole trials, per pass"""
-    clip_coef: float = 0.2
-    """ε, the surrogate's gradient stops where the probability ratio leaves 1 ± ε to its advantage"""
-    ent_coef: float = 0.01
-    """weight of the entropy, which is maximised"""
-    anneal: bool = False
-    """let learning_rate and ent_coef fall linearly, to 0 at total_timesteps"""
-    vf_coef: float = 0.5
-    """weight of the value error"""
-    max_grad_norm: float = 0.5
-    """the gradient is scaled down to this norm"""
+    hidden_size: int = 64  # units of the recurrent layer
+    embedding_size: int | None = None  # units of layers before and after it (0: none; unset: TabularMDP-v0 128, else 0)
+    init_std: float = 1.0  # standard deviation of the actions before training, of [-1, 1]
+    separate_value: bool = False  # a recurrent layer of its own for the value (better on HalfCheetahVel-v0, and slower)
+    gae_lambda: float | None = None  # λ of GAE (unset: bandits and TabularMDP-v0 the paper's 0.3, else 0.95)
+    normalize_advantage: bool = True  # standardise A over an iteration's steps (off: divide by the unit of values)
+    learning_rate: float = 2e-3  # step size of Adam
+    update_epochs: int = 4  # passes over an iteration's trials
+    num_minibatches: int = 8  # minibatches, of whole trials, per pass
+    clip_coef: float = 0.2  # ε, the surrogate's gradient stops where the ratio leaves 1 ± ε to its advantage
+    ent_coef: float = 0.01  # weight of the entropy, which is maximised
+    anneal: bool = False  # let learning_rate and ent_coef fall linearly, to 0 at total_timesteps
+    vf_coef: float = 0.5  # weight of the value error
+    max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
+
+    may_be_zero: ClassVar = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps",
+                             "embedding_size", "gae_lambda", "ent_coef"}
+    at_most_one: ClassVar = {"gamma", "gae_lambda"}
+# fmt: on
 
 
-UNSET = {  # what a flag is if it is not given: on bandits, on TabularMDP-v0, elsewhere
-    "meta_batch_size": (1000, 500, 100),
-    "episodes_per_task": (1, 10, 2),
-    "num_test_tasks": (20_000, 20_000, 40),
-    "embedding_size": (0, 128, 0),
-    "gae_lambda": (0.3, 0.3, 0.95),
-}
-
-
-def with_defaults(args: Args) -> Args:
-    """args with values in place of None."""
-    kind = 0 if BANDITS.fullmatch(args.env_id) else 1 if args.env_id == "TabularMDP-v0" else 2
-    args = replace(args, **{name: of[kind] for name, of in UNSET.items() if getattr(args, name) is None})
-    scores = args.episodes_per_task // max(1, args.eval_episodes)
-    return replace(args, num_eval_steps=max(0, scores - 1)) if args.num_eval_steps is None else args
-
-
-# --------------------------------------------------------------------------------------------------------- the network
+# ------------------------------------------------------------------------------------ the network
 
 
 class Memory(nn.Module):
-    """A GRU: inputs (N, S, X) and the state before them (1, N, H) -> features (N, S, F) and the state after them.
+    """A GRU: inputs (N, S, X), state before them (1, N, H) -> features (N, S, F), state after them.
 
-    F = H; or, with embedding_size, a ReLU layer of F = embedding_size units before the GRU, which combines what a step
-    brings, and one after it, which combines what is remembered with what is seen.
+    F = H, or embedding_size: a ReLU layer before the GRU, and one after it, which sees inputs too.
     """
 
-    def __init__(self, input_size: int, hidden_size: int, embedding_size: int):
+    def __init__(self, input_size: int, args: Args):
         super().__init__()
-        self.gru = nn.GRU(embedding_size or input_size, hidden_size, batch_first=True)
-        self.embedding = self.reader = None
-        if embedding_size:
-            self.embedding = nn.Sequential(nn.Linear(input_size, embedding_size), nn.ReLU())
-            self.reader = nn.Sequential(nn.Linear(hidden_size + input_size, embedding_size), nn.ReLU())
+        size = args.embedding_size
+        self.gru = nn.GRU(size or input_size, args.hidden_size, batch_first=True)
+        self.embedding = None
+        if size:
+            self.embedding = nn.Sequential(nn.Linear(input_size, size), nn.ReLU())
+            self.reader = nn.Sequential(nn.Linear(args.hidden_size + input_size, size), nn.ReLU())
 
-    def initialise(self, active: int, trial_length: int):
-        """Weights that let what is seen into the state, and keep it there; `active`: squared norm of an input, about.
+    def initialise(self, norm: int, trial_length: int):
+        """Weights that let what is seen into the state, and keep it there; norm: |input|², about.
 
-        The inputs' share of each gate has variance 1, with an embedding 2. The units' memories reach from one step to
-        the trial_length (Tallec and Ollivier 2018, arXiv 1804.11188).
+        The inputs' share of each gate has variance 1, with an embedding 2. The units' memories
+        reach from one step to trial_length (Tallec and Ollivier 2018, arXiv 1804.11188).
         """
-        gru, size = self.gru, self.gru.hidden_size
-        if self.embedding:
-            nn.init.normal_(self.embedding[0].weight, std=2 * active**-0.5)  # mean square of its outputs: 2
-            active = self.embedding[0].out_features
-        nn.init.normal_(gru.weight_ih_l0, std=active**-0.5)
-        for gate in gru.weight_hh_l0.detach().chunk(3):
+        if self.embedding:  # its outputs have a mean square of 2
+            nn.init.normal_(self.embedding[0].weight, std=2 * norm**-0.5)
+            norm = self.gru.input_size
+        nn.init.normal_(self.gru.weight_ih_l0, std=norm**-0.5)
+        for gate in self.gru.weight_hh_l0.detach().chunk(3):
             nn.init.orthogonal_(gate)
-        nn.init.zeros_(gru.bias_ih_l0)
-        nn.init.zeros_(gru.bias_hh_l0)
-        memory = torch.linspace(1, max(1, trial_length - 1), size)  # m, steps that a unit remembers
-        gru.bias_hh_l0.detach()[size : 2 * size] = memory.log()  # update gate: keeps m / (m + 1)
+        nn.init.zeros_(self.gru.bias_ih_l0)
+        nn.init.zeros_(self.gru.bias_hh_l0)
+        m = torch.linspace(1, max(1, trial_length - 1), self.gru.hidden_size)  # steps remembered
+        self.gru.bias_hh_l0.detach().chunk(3)[1].copy_(m.log())  # update gate: keeps m / (m + 1)
 
-    def forward(self, inputs: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, inputs: torch.Tensor, state: torch.Tensor):
         if not self.embedding:
             return self.gru(inputs, state)
         features, state = self.gru(self.embedding(inputs), state)
@@ -198,34 +154,33 @@ class Memory(nn.Module):
 
 
 class Agent(nn.Module):
-    """A recurrent net with a linear policy and value on top.
+    """A recurrent net with a linear policy and value on top; with --separate-value two such nets.
 
-    An input is (o_t, a_{t-1}, r_{t-1}, d_{t-1}), X numbers; for an embedding o_{t-1} too, the last step as a whole.
-    Box: the policy's outputs are mean and log std, D = 2A, the log std independent of the input; an action is fed back
-    as it acted, clipped to [-1, 1]. Discrete: n logits, D = n; an action is fed back as one-hot. State: (1, N, H), or
-    (2, N, H) with a second net for the value.
+    An input, of X numbers, is (o_t, a_{t-1}, r_{t-1}, d_{t-1}), for an embedding o_{t-1} too, the
+    last step as a whole. The state is (1, N, H), of two nets (2, N, H). dist_params are, Box: mean
+    and log std, D = 2A, the log std independent of the input; Discrete: n logits.
     """
 
-    def __init__(
-        self, obs_size, action_space, trial_length, hidden_size, separate_value=False, init_std=1.0, embedding_size=0
-    ):
+    def __init__(self, obs_size: int, action_space: gym.Space, trial_length: int, args: Args):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
         self.action_size = int(action_space.n) if self.discrete else action_space.shape[0]
-        self.last_obs_size = obs_size if embedding_size else 0  # numbers of o_{t-1} in an input
-        self.input_size = obs_size + self.action_size + 2 + self.last_obs_size
-        sizes = (self.input_size, hidden_size, embedding_size)
-        self.memories = nn.ModuleList(Memory(*sizes) for _ in range(1 + separate_value))
-        features = embedding_size or hidden_size
-        self.actor, self.critic = nn.Linear(features, self.action_size), nn.Linear(features, 1)
-        active = obs_size + (1 if self.discrete else self.action_size) + 2 + self.last_obs_size
-        for memory in self.memories:
-            memory.initialise(active, trial_length)
+        self.last_obs_size = obs_size if args.embedding_size else 0  # of o_{t-1}
+        self.feedback_size = self.action_size + 2 + self.last_obs_size
+        input_size = obs_size + self.feedback_size
+        self.memory = Memory(input_size, args)
+        self.value_memory = Memory(input_size, args) if args.separate_value else None
+        self.actor = nn.Linear(args.embedding_size or args.hidden_size, self.action_size)
+        self.critic = nn.Linear(args.embedding_size or args.hidden_size, 1)
+        norm = input_size - (self.action_size - 1 if self.discrete else 0)  # that of one-hot is 1
+        self.memory.initialise(norm, trial_length)
+        if self.value_memory:
+            self.value_memory.initialise(norm, trial_length)
         nn.init.orthogonal_(self.actor.weight, 0.01)
         nn.init.zeros_(self.actor.bias)
         if not self.discrete:
-            self.log_std = nn.Parameter(torch.full((self.action_size,), math.log(init_std)))
-        # units, measured by main; until then observations and rewards are 0 in an input
+            self.log_std = nn.Parameter(torch.full((self.action_size,), math.log(args.init_std)))
+        # units, which main measures; until then observations and rewards are 0 in an input
         self.register_buffer("obs_mean", torch.zeros(obs_size))
         self.register_buffer("obs_std", torch.full((obs_size,), torch.inf))
         self.register_buffer("reward_mean", torch.zeros(()))
@@ -234,324 +189,280 @@ class Agent(nn.Module):
         self.register_buffer("value_std", torch.ones(()))
 
     def initial_state(self, n: int) -> torch.Tensor:
-        return self.actor.weight.new_zeros(len(self.memories), n, self.memories[0].gru.hidden_size)
+        nets = 2 if self.value_memory else 1
+        return self.actor.weight.new_zeros(nets, n, self.memory.gru.hidden_size)
+
+    def feedback(self, inputs, actions, rewards, episode_over) -> torch.Tensor:
+        """What the next input tells of this step: a (one-hot, or clipped), r, d and perhaps o."""
+        if self.discrete:
+            actions = nn.functional.one_hot(actions, self.action_size)
+        rewards = ((rewards - self.reward_mean) / self.reward_std).clamp(-10, 10)
+        obs = inputs[:, : self.last_obs_size]
+        return torch.cat([actions.clamp(-1, 1), rewards[:, None], episode_over[:, None], obs], -1)
 
     def forward(self, inputs: torch.Tensor, state: torch.Tensor):
-        """inputs (N, S, X), state before them -> dist (N, S, D), values (N, S), state after them."""
-        pairs = (memory(inputs, h[None]) for memory, h in zip(self.memories, state, strict=True))
-        features, states = zip(*pairs, strict=True)
-        out, values = self.actor(features[0]), self.critic(features[-1]).squeeze(-1) * self.value_std + self.value_mean
-        return out if self.discrete else torch.cat([out, self.log_std.expand_as(out)], -1), values, torch.cat(states)
-
-    def distribution(self, dist: torch.Tensor) -> Categorical | Independent:
-        """The distribution with parameters dist (..., D); its log_prob and entropy are sums over the dimensions."""
-        if self.discrete:
-            return Categorical(logits=dist, validate_args=False)
-        mean, log_std = dist.chunk(2, -1)
-        return Independent(Normal(mean, log_std.exp(), validate_args=False), 1)
-
-    def act(self, dist: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Actions (N, A) or (N,); noise (N, A) is normal or, for logits, Gumbel, and 0 for the mode."""
-        if self.discrete:
-            return (dist + noise).argmax(-1)
-        mean, log_std = dist.chunk(2, -1)
-        return mean + log_std.exp() * noise
-
-    def feedback(self, actions: torch.Tensor) -> torch.Tensor:
-        """What the next input tells of actions: (N, A) or (N,) -> (N, A)."""
-        if self.discrete:
-            return nn.functional.one_hot(actions, self.action_size).to(self.actor.weight.dtype)
-        return actions.clamp(-1, 1)
+        """inputs (N, S, X), state before -> dist_params (N, S, D), values (N, S), state after."""
+        features, after = self.memory(inputs, state[:1])
+        value_features = features
+        if self.value_memory:
+            value_features, value_after = self.value_memory(inputs, state[1:])
+            after = torch.cat([after, value_after])
+        values = self.critic(value_features).squeeze(-1) * self.value_std + self.value_mean
+        dist_params = self.actor(features)
+        if not self.discrete:
+            dist_params = torch.cat([dist_params, self.log_std.expand_as(dist_params)], -1)
+        return dist_params, values, after
 
 
-# ------------------------------------------------------------------------------------------------------- the algorithm
+# ---------------------------------------------------------------------------------- the algorithm
 
 
-def in_units(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """x less its mean in multiples of its standard deviation, clipped to ±10."""
-    return ((x - mean) / std).clamp(-10, 10)
+@torch.no_grad()
+def collect(agent, tasks, key, args, test=False, deterministic=False) -> tuple[dict, dict]:
+    """(2) A trial in each of N tasks (N, K). Returns a batch, S being the longest, and scores:
 
-
-def collect(agent, tasks, rng, envs, episodes, horizon, reward, deterministic=False) -> tuple[dict, dict]:
-    """(2) A trial of E episodes in each of N tasks; tasks: (N, task size).
-
-    Returns the steps of the trials without gaps: obs (N, S, O) and rewards (N, S) as they are,
-    inputs (N, S, X) with both in units, actions (N, S, A) or (N, S), logprobs, values and mask
-    (N, S), 0 after a trial's end. And scores of the episodes (N, E): return, length and, where
-    tasks report it, success at any step.
+    obs               (N, S, O)  as they are
+    inputs            (N, S, X)  of the network: observations and rewards in units, clipped to ±10
+    actions           (N, S, A)  as chosen, unclipped; (N, S) if Discrete
+    logprobs, values  (N, S)     of the policy that acted
+    rewards, mask     (N, S)     as they are; 1 up to the trial's end
+    return, success   (N, E)     scores of the episodes; success at any step, if tasks report it
     """
-    n, like = len(tasks), agent.actor.weight
-    tensor = partial(torch.as_tensor, dtype=like.dtype, device=like.device)
+    n = len(tasks)
+    envs = make_envs(args.env_id, n)
+    episodes = (args.num_eval_steps + 1) * args.eval_episodes if test else args.episodes_per_task
+    sparse = (args.test_reward if test else args.train_reward) == "sparse"
+    state = agent.initial_state(n)
+    feedback = state.new_zeros(n, agent.feedback_size)
+    tensor = partial(torch.as_tensor, dtype=state.dtype, device=state.device)
+    rng = keyed_rng(args.seed, *key)
     draw = rng.gumbel if agent.discrete else rng.normal
-    state, last = agent.initial_state(n), like.new_zeros(n, agent.action_size + 2 + agent.last_obs_size)
-    steps, scores = {}, {"return": np.zeros((n, episodes)), "length": np.zeros((n, episodes))}
+    steps = []
+    scores = {"return": np.zeros((n, episodes))}
     for episode in range(episodes):
         obs, _ = envs.reset(seed=int(rng.integers(2**31)), options={"task": tasks})
-        noise = draw(size=(envs.total_lanes, horizon, agent.action_size))[envs.lanes] * (not deterministic)
-        noise, alive = tensor(noise), np.ones(n, bool)
-        for t in range(horizon):
-            seen = tensor(obs)
-            inputs = torch.cat([in_units(seen, agent.obs_mean, agent.obs_std), last], -1)
-            dist, values, new_state = agent(inputs[:, None], state)
-            actions = agent.act(dist[:, 0], noise[:, t])
-            obs, rewards, terminated, truncated, info = envs.step(require_finite_actions(actions.cpu().numpy()))
-            require_finite(envs, {"observations": obs, "rewards": rewards, **info}, alive, tasks, t)
-            rewards = (info.get("sparse_reward", np.zeros(n)) if reward == "sparse" else rewards) * alive
-            step = {"obs": seen, "inputs": inputs, "actions": actions, "values": values[:, 0]}
-            step |= {"logprobs": agent.distribution(dist[:, 0]).log_prob(actions)}
-            step |= {"rewards": tensor(rewards), "mask": tensor(alive)}
-            for name, x in step.items():
-                steps.setdefault(name, []).append(x)
+        noise = tensor(draw(size=(n, args.horizon, agent.action_size)) * (not deterministic))
+        alive = np.ones(n, bool)
+        for t in range(args.horizon):
+            raw_obs = tensor(obs)
+            scaled_obs = ((raw_obs - agent.obs_mean) / agent.obs_std).clamp(-10, 10)
+            inputs = torch.cat([scaled_obs, feedback], -1)
+            dist_params, values, new_state = agent(inputs[:, None], state)
+            actions = draw_actions(dist_params[:, 0], noise[:, t], agent.discrete)
+            logprobs = distribution(dist_params[:, 0], agent.discrete).log_prob(actions)
+            chosen = require_finite_actions(actions.cpu().numpy())
+            obs, rewards, terminated, truncated, info = envs.step(chosen)
+            told = {"observations": obs, "rewards": rewards, **info}
+            require_finite(args.env_id, told, alive, tasks, t)
+            rewards = alive * (info.get("sparse_reward", np.zeros(n)) if sparse else rewards)
+            step = {"obs": raw_obs, "inputs": inputs, "actions": actions, "logprobs": logprobs}
+            step |= {"values": values[:, 0], "rewards": tensor(rewards), "mask": tensor(alive)}
+            steps.append(step)
             scores["return"][:, episode] += rewards
-            scores["length"][:, episode] += alive
             if "success" in info:
                 success = scores.setdefault("success", np.zeros((n, episodes)))[:, episode]
                 np.maximum(success, info["success"] * alive, out=success)
 
-            # a lane whose episode has ended waits for the others, and its hidden state stays as it is
-            ended = terminated | truncated | (t + 1 == horizon) | info.get("episode_end", False)
-            paid = in_units(tensor(rewards), agent.reward_mean, agent.reward_std)
-            news = [agent.feedback(actions), paid[:, None], tensor(ended)[:, None]]
-            news = torch.cat([*news, inputs[:, : agent.last_obs_size]], -1)
-            awake = torch.as_tensor(alive, device=like.device)[:, None]
-            state, last = torch.where(awake, new_state, state), torch.where(awake, news, last)
+            # The next input tells what this step brought, also across the end of an episode. A lane
+            # whose episode is over waits for the others, its state and feedback unchanged.
+            last_step = t + 1 == args.horizon or getattr(envs, "ends_every_step", False)
+            episode_over = tensor(terminated | truncated | last_step)
+            new_feedback = agent.feedback(inputs, actions, tensor(rewards), episode_over)
+            still_playing = step["mask"][:, None] == 1
+            state = torch.where(still_playing, new_state, state)
+            feedback = torch.where(still_playing, new_feedback, feedback)
             alive = alive & ~(terminated | truncated)
             if not alive.any():
                 break
-    batch = {name: torch.stack(x, 1) for name, x in steps.items()}
-    longest = int(scores["length"].sum(1).max())
-    order = batch["mask"].sort(dim=1, descending=True, stable=True).indices[:, :longest]  # cuts the waiting out
+    batch = {name: torch.stack([step[name] for step in steps], 1) for name in step}
+
+    # cut the waiting out: first what was played, in its order, then what pads to the longest trial
+    order = batch["mask"].sort(dim=1, descending=True, stable=True).indices
+    order = order[:, : int(batch["mask"].sum(1).max())]
     batch = {name: x[torch.arange(n, device=x.device)[:, None], order] for name, x in batch.items()}
     return batch, {name: tensor(score) for name, score in scores.items()}
 
 
-def moments(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (...) of x (N, S, ...) over the valid steps, of all ranks.
-
-    The latter, by which to divide, is 1 where it is 0 or no more than rounding.
-    """
-    count, mask = all_reduce(mask.sum()), mask.view(*mask.shape, *[1] * (x.ndim - 2))
-    mean = all_reduce((x * mask).sum((0, 1))) / count
-    std = (all_reduce(((x - mean) ** 2 * mask).sum((0, 1))) / count).sqrt()
+def units(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """moments, but a standard deviation of 1 for what varies by no more than rounding."""
+    mean, std = moments(x, mask)
     return mean, torch.where(std > 1e-5 * mean.abs(), std, 1)
 
 
-def ppo_loss(agent, batch, count, clip_coef, vf_coef, ent_coef) -> tuple[torch.Tensor, torch.Tensor]:
-    """(4), (5) The loss, and its parts to log (5,); means over `count` steps, those of the minibatch on all ranks."""
-    dist, values, _ = agent(batch["inputs"], agent.initial_state(len(batch["inputs"])))
-    distribution = agent.distribution(dist)
-    logratio = (distribution.log_prob(batch["actions"]) - batch["logprobs"]) * batch["mask"]
+def ppo_loss(agent, batch, count, ent_coef, args) -> tuple[torch.Tensor, dict]:
+    """(4), (5) The loss, and its parts to log: sums over a minibatch's steps, divided by count."""
+    dist_params, values, _ = agent(batch["inputs"], agent.initial_state(len(batch["mask"])))
+    policy = distribution(dist_params, agent.discrete)
+    logratio = (policy.log_prob(batch["actions"]) - batch["logprobs"]) * batch["mask"]
     ratio = logratio.exp()
-    surrogate = torch.min(ratio * batch["advantages"], ratio.clamp(1 - clip_coef, 1 + clip_coef) * batch["advantages"])
-    terms = [-surrogate, 0.5 * ((values - batch["returns"]) / agent.value_std) ** 2, distribution.entropy()]
-    terms += [ratio - 1 - logratio, ((ratio - 1).abs() > clip_coef).to(ratio.dtype)]  # KL (Schulman's), clipped share
-    parts = torch.stack([(term * batch["mask"]).sum() / count for term in terms])
-    return parts[0] + vf_coef * parts[1] - ent_coef * parts[2], parts.detach()
+    clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    terms = {
+        "pg_loss": -torch.min(ratio * batch["advantages"], clipped * batch["advantages"]),
+        "value_loss": 0.5 * ((values - batch["returns"]) / agent.value_std) ** 2,
+        "entropy": policy.entropy(),
+        "approx_kl": ratio - 1 - logratio,  # Schulman's estimate
+        "clipfrac": ((ratio - 1).abs() > args.clip_coef).to(ratio.dtype),
+    }
+    parts = {name: (term * batch["mask"]).sum() / count for name, term in terms.items()}
+    loss = parts["pg_loss"] + args.vf_coef * parts["value_loss"] - ent_coef * parts["entropy"]
+    return loss, {f"losses/{name}": part.detach() for name, part in parts.items()}
 
 
-def update(agent, optimizer, batch, rng, num_trials, epochs, num_minibatches, max_grad_norm, loss) -> dict[str, float]:
-    """(4), (5) PPO on the trials of all ranks, of which batch holds this one's share; loss: ppo_loss, with its weights.
-
-    One permutation for all ranks: each processes those of a minibatch's trials that it owns. Returns what to log.
-    """
-    mine, total = np.arange(num_trials)[shard(num_trials)], 0
-    for _ in range(epochs):
-        for members in np.array_split(rng.permutation(num_trials), num_minibatches):
-            own = members[np.isin(members, mine)]
-            minibatch = {name: x[(own if own.size else mine[:1]) - mine[0]] for name, x in batch.items()}
-            minibatch["mask"] = minibatch["mask"] * (own.size > 0)  # a rank that owns none adds a gradient of 0
-            value, parts = loss(agent, minibatch, all_reduce(minibatch["mask"].sum()))
+def update(agent, optimizer, batch, key, left, args) -> dict[str, float]:
+    """(4), (5) PPO on all ranks' trials; left: factor on step size and weight of the entropy."""
+    optimizer.param_groups[0]["lr"] = left * args.learning_rate
+    rng = keyed_rng(args.seed, *key)
+    logged = []
+    for _ in range(args.update_epochs):
+        for trials in np.array_split(rng.permutation(len(batch["mask"])), args.num_minibatches):
+            minibatch = {name: x[trials] for name, x in batch.items()}
+            count = all_reduce(minibatch["mask"].sum())
+            loss, parts = ppo_loss(agent, minibatch, count, left * args.ent_coef, args)
             optimizer.zero_grad()
-            value.backward()
+            loss.backward()
             for p in agent.parameters():
-                all_reduce(p.grad)
-            if not nn.utils.clip_grad_norm_(agent.parameters(), max_grad_norm).isfinite():
+                p.grad = all_reduce(p.grad)
+            norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            if not norm.isfinite():
                 fail("the gradient is not finite: try a smaller --learning-rate")
             optimizer.step()
-            total += parts
-    names = ("losses/pg_loss", "losses/value_loss", "losses/entropy", "losses/approx_kl", "losses/clipfrac")
-    return dict(zip(names, (all_reduce(total) / (epochs * num_minibatches)).tolist(), strict=True))
+            logged.append(parts)
+    return {name: all_reduce(sum(x[name] for x in logged)).item() / len(logged) for name in parts}
 
 
-def evaluate(tasks, collect, group, num_scores, seed) -> dict[str, np.ndarray]:
-    """(6) Meta-test on tasks (M, task size): a trial in each, its episodes in num_scores equal parts.
+def evaluate(agent, tasks, args) -> tuple[dict, dict]:
+    """(6) Meta-test on tasks (M, K): a trial in each, in num_eval_steps + 1 equal parts.
 
-    collect: collect with its settings; group: the tasks that its lanes hold at once. Returns {"return": (num_scores,
-    M), ...}, means over the episodes of a part. Draws depend on seed and group alone: every call meets the same trials.
+    Returns {"return": (num_eval_steps + 1, M), ...}, means over a part's episodes, numbers of whole
+    trials (M,), and the first tasks' trials. Draws depend on the seed alone.
     """
-    scores = {}
-    for first in range(0, len(tasks), group):
-        members = (first + np.arange(group))[shard(group)]  # the last group wraps around
-        _, episodes = collect(tasks=tasks[members % len(tasks)], rng=keyed_rng(seed, "eval", first))
-        for name in episodes.keys() - {"length"}:
-            score = episodes[name].unflatten(1, (num_scores, -1)).mean(-1).T
-            scores.setdefault(name, score.new_zeros(num_scores, len(tasks) + group))[:, members] = score
-    return gather_scores(scores, len(tasks))
+    parts = args.num_eval_steps + 1
+    scores = [[] for _ in range(parts)]
+    for first in range(0, len(tasks), args.meta_batch_size):
+        group = tasks[np.arange(first, first + args.meta_batch_size) % len(tasks)]  # wraps around
+        play = partial(collect, agent, group, ("eval", first), args, test=True)
+        batch, played = play(deterministic=args.deterministic_eval)
+        if first == 0:
+            trials = batch
+        if args.deterministic_eval:
+            played |= {f"sampled_{name}": x for name, x in play()[1].items()}
+        for k in range(parts):
+            scores[k].append({name: x.chunk(parts, 1)[k].mean(1) for name, x in played.items()})
+    scores = stack_scores(scores, len(tasks))
 
-
-def trial_report(scores, tasks, eval_episodes: int, best: np.ndarray | None, printed=False) -> dict[str, float]:
-    """report, the whole trial's return, the last episode's less the first's and, given what the best arm pays in a
-    trial, best (M,), the regret.
-    """
-    returns = scores["return"]
-    totals = {"trial_return": eval_episodes * returns.sum(0)}
-    totals |= {} if len(returns) == 1 else {"improvement": returns[-1] - returns[0]}
-    totals |= {} if best is None else {"regret": best - totals["trial_return"]}
-    return report(scores | totals, tasks, eval_episodes, printed)
+    scores["trial_return"] = args.eval_episodes * scores["return"].sum(0)
+    if parts > 1:
+        scores["improvement"] = scores["return"][-1] - scores["return"][0]
+    if isinstance(make_envs(args.env_id), BanditEnvs):
+        pulls = args.horizon * parts * args.eval_episodes
+        scores["regret"] = pulls * tasks.max(1) - scores["trial_return"]  # to the best arm
+    return scores, trials
 
 
 def main(args: Args) -> dict[str, float]:
     """Train, resume or only evaluate; returns the last value of every eval/* and charts/* tag."""
-    args = with_defaults(args)
-    device = setup(args)
-    checkpoint = load_checkpoint(args.resume or args.evaluate, Args) if args.resume or args.evaluate else {}
-    iteration, global_step = checkpoint.get("iteration", 0), checkpoint.get("global_step", 0)
-    if args.resume and global_step >= args.total_timesteps:
-        show(f"{args.resume} is complete; its meta-test:")
-        args = replace(args, resume="", evaluate=args.resume)
-    if args.num_minibatches > args.meta_batch_size:
-        fail(f"--num-minibatches {args.num_minibatches}: more than the {args.meta_batch_size} trials")
+    args, device, checkpoint = setup(with_defaults(args))
+    trials = args.meta_batch_size // ranks()[1]
+    if args.num_minibatches > trials:
+        fail(f"--num-minibatches {args.num_minibatches}: more than the {trials} trials of a rank")
+    register_own(args.env_id)
+    envs, train_tasks, test_tasks = make_tasks(args)
 
-    # tasks, and environments with a lane per trial
-    n, episodes, num_scores = args.meta_batch_size, args.episodes_per_task, args.num_eval_steps + 1
-    envs = make_trial_envs(args.env_id, n, args.num_threads, shard(n))
-    horizon = args.horizon or envs.horizon or fail(f"{args.env_id} has no time limit of its own: give --horizon")
-    test_tasks = envs.sample_test_tasks(args.num_test_tasks, np.random.default_rng([args.task_seed, 1]))
-    if args.num_train_tasks:
-        train_tasks = envs.sample_tasks(args.num_train_tasks, np.random.default_rng([args.task_seed, 0]))
-    if "sparse" in (args.train_reward, args.test_reward):
-        require_sparse_reward(envs, test_tasks[:1])
+    obs_size = envs.single_observation_space.shape[0]
+    trial_length = args.horizon * args.episodes_per_task
+    agent = Agent(obs_size, envs.single_action_space, trial_length, args).to(device)
+    agent.load_state_dict(restore(agent.state_dict(), checkpoint.get("agent")))
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)  # CleanRL's
+    optimizer.load_state_dict(checkpoint.get("optimizer", optimizer.state_dict()))
 
-    obs_size, action_space = envs.single_observation_space.shape[0], envs.single_action_space
-    sizes, options = (horizon * episodes, args.hidden_size), (args.separate_value, args.init_std, args.embedding_size)
-    agent = Agent(obs_size, action_space, *sizes, *options).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-
-    # the functions above with this run's settings
-    play = partial(torch.no_grad()(collect), agent, envs=envs, horizon=horizon)
-    collect_train = partial(play, episodes=episodes, reward=args.train_reward)
-    collect_test = partial(play, episodes=num_scores * args.eval_episodes, reward=args.test_reward)
-    collect_test = partial(collect_test, deterministic=args.deterministic_eval)
-    meta_test = partial(evaluate, test_tasks, collect_test, n, num_scores, args.seed)
-    pulls = horizon * num_scores * args.eval_episodes
-    best = pulls * test_tasks.max(1) if isinstance(envs, BanditEnvs) else None
-    loss = partial(ppo_loss, clip_coef=args.clip_coef, vf_coef=args.vf_coef)
-    ppo = {"epochs": args.update_epochs, "num_minibatches": args.num_minibatches, "max_grad_norm": args.max_grad_norm}
     if args.evaluate:
-        return trial_report(meta_test(), test_tasks, args.eval_episodes, best, printed=True)
+        scores, episodes = evaluate(agent, test_tasks, args)
+        return report(scores, test_tasks, args, episodes)
 
-    with closing(Run(args, global_step)) as run:
-        while global_step < args.total_timesteps and not run.stopping():
-            iteration, start = iteration + 1, time.perf_counter()
-
-            # (1) tasks; each rank takes its share
-            if args.num_train_tasks:
-                order = keyed_rng(args.seed, "tasks", iteration).permutation(args.num_train_tasks)
-                tasks = train_tasks[np.resize(order, n)]
-            else:
-                tasks = envs.sample_tasks(n, np.random.default_rng([args.task_seed, 0, iteration]))
+    with Run(args, checkpoint) as run:
+        while run.next_iteration():
+            # (1) tasks
+            tasks = meta_batch(envs, train_tasks, args, run.iteration)
 
             # (2) trials
-            batch, scores = collect_train(tasks[shard(n)], keyed_rng(args.seed, "train", iteration))
-            collected = time.perf_counter()
+            batch, played = collect(agent, tasks, run.key("train"), args)
+            run.lap("collect")
 
-            if iteration == 1:  # the first trials are for the units alone
-                agent.obs_mean, agent.obs_std = moments(batch["obs"], batch["mask"])
-                agent.reward_mean, agent.reward_std = moments(batch["rewards"], batch["mask"])
+            losses = {}
+            if run.iteration == 1:  # its trials are for the units alone
                 returns = discounted_sum(batch["rewards"], args.gamma)
-                agent.value_mean, agent.value_std = moments(returns, batch["mask"])
-                losses = {}
+                agent.obs_mean, agent.obs_std = units(batch["obs"], batch["mask"])
+                agent.reward_mean, agent.reward_std = units(batch["rewards"], batch["mask"])
+                agent.value_mean, agent.value_std = units(returns, batch["mask"])
             else:
                 # (3) advantages over the whole trial
-                advantages = gae(batch["rewards"], batch["values"], batch["mask"], args.gamma, args.gae_lambda)
-                batch["returns"] = advantages + batch["values"]
+                rewards, values = batch["rewards"], batch["values"]
+                advantages = gae(rewards, values, batch["mask"], args.gamma, args.gae_lambda)
                 mean, std = 0, agent.value_std
                 if args.normalize_advantage:
-                    mean, std = moments(advantages, batch["mask"])
+                    mean, std = units(advantages, batch["mask"])
                 batch["advantages"] = (advantages - mean) / std
+                batch["returns"] = advantages + values
 
                 # (4), (5) PPO
-                rng = keyed_rng(args.seed, "minibatches", iteration)
-                left = 1 - global_step / args.total_timesteps if args.anneal else 1
-                optimizer.param_groups[0]["lr"], ent_coef = left * args.learning_rate, left * args.ent_coef
-                losses = update(agent, optimizer, batch, rng, n, loss=partial(loss, ent_coef=ent_coef), **ppo)
-            updated = time.perf_counter()
+                left = 1 - run.global_step / args.total_timesteps if args.anneal else 1
+                losses = update(agent, optimizer, batch, run.key("minibatches"), left, args)
+            run.lap("update")
 
             # log, (6) meta-test, save
-            global_step += int(all_reduce(batch["mask"].sum()))
+            run.global_step += num_steps([batch])
             metrics = losses | {
-                "charts/episodic_return": task_mean(scores["return"][:, -1]),
-                "charts/episodic_length": task_mean(scores["length"]),
-                "time/collect": collected - start,
-                "time/update": updated - collected,
+                "charts/episodic_return": task_mean(played["return"][:, -1]),
+                "charts/episodic_length": task_mean(batch["mask"].sum(1) / args.episodes_per_task),
             }
-            if episodes > 1:
-                metrics["charts/pre_adaptation_return"] = task_mean(scores["return"][:, 0])
-            if iteration % args.eval_every == 0 or global_step >= args.total_timesteps:
-                test_scores = meta_test()
-                metrics |= trial_report(test_scores, test_tasks, args.eval_episodes, best)
-                metrics["time/eval"] = time.perf_counter() - updated
-            run.log(metrics, global_step)
-            if iteration % args.checkpoint_every == 0:
-                learned = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-                run.save(iteration=iteration, global_step=global_step, **learned)
-
-        learned = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict()}
-        run.save(iteration=iteration, global_step=global_step, **learned)
-    if global_step >= args.total_timesteps:
-        trial_report(test_scores, test_tasks, args.eval_episodes, best, printed=True)
-    return {tag: value for tag, value in run.metrics.items() if tag.startswith(("eval/", "charts/"))}
+            if args.episodes_per_task > 1:
+                metrics["charts/pre_adaptation_return"] = task_mean(played["return"][:, 0])
+            if run.due(args.eval_every):
+                scores, episodes = evaluate(agent, test_tasks, args)
+                metrics |= report(scores, test_tasks, args)
+                run.lap("eval")
+            run.log(metrics)
+            if run.saving():
+                run.save(agent=agent.state_dict(), optimizer=optimizer.state_dict())
+    if run.complete:
+        report(scores, test_tasks, args, episodes)
+    return run.metrics
 
 
-# ======================================================================================================================
-# From here on: blocks shared with the other scripts, the same bytes in each. The algorithm ends above this line.
-# ======================================================================================================================
+# ==================================================================================================
+# From here on: blocks shared with the other scripts, the same bytes in each.
+# ==================================================================================================
 
 # >>> shared: tasks
 
 POINT_FAMILIES = ["PointRobot-v0", "SparsePointRobot-v0", "Navigation2D-v0"]
 POINT_FAMILIES += [f"MultimodalNavigation{modes}-v0" for modes in (1, 2, 4, 6)]
+FAMILY_FILES = {  # what lies beside the scripts, and needs one more package
+    "mujoco_tasks": r"(HalfCheetah|(Sparse)?Ant|Humanoid|Walker2d|Hopper)\w+-v0",
+    "metaworld_tasks": r"ML\d+(-.*)?",
+}
 
 
-class TaskEnvs(gym.vector.VectorEnv):
-    """Lanes of a family of tasks; of total_lanes, this process steps those in the slice `lanes`.
+class PointEnvs(gym.vector.VectorEnv):
+    """Lanes of points in the plane, paid minus the distance to a goal that they do not see.
 
-    sample_tasks(n, rng) draws tasks (n, task size); reset(options={"task": tasks}) puts lane i on row i. Nothing resets
-    by itself: a lane that has ended stays put and pays 0. horizon: steps per episode, 0 if the family sets none.
-    num_modes: 0, or in a family with modes their number; the last number of a task is then the index of its mode.
+    tasks: (n, 2) goals, in MultimodalNavigation (n, 3), goals and the index of their mode. An
+    action of 1 pushes by 0.1 along its axis: the position, or in MultimodalNavigation the velocity.
+    reset puts lane i in task i; a lane that has ended stays put and pays 0. Formulas, sources:
+    docs/tasks.md.
     """
 
-    num_modes = 0
     metadata: ClassVar = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
 
-    def __init__(self, env_id, total_lanes, lanes, horizon, observation_space, action_space):
-        self.env_id, self.total_lanes, self.lanes, self.horizon = env_id, total_lanes, lanes, horizon
-        self.num_envs = len(range(total_lanes)[lanes])
-        self.single_observation_space, self.single_action_space = observation_space, action_space
-        self.observation_space = batch_space(observation_space, self.num_envs)
-        self.action_space = batch_space(action_space, self.num_envs)
-
-    def sample_test_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        return self.sample_tasks(n, rng)
-
-
-class PointEnvs(TaskEnvs):
-    """A point in the plane, paid minus the distance to a goal that it does not see. Formulas, sources: docs/tasks.md.
-
-    tasks: (n, 2) goals; in MultimodalNavigation (n, 3), goal and index of its mode. An action of 1 pushes by 0.1 along
-    its axis: the position, or in MultimodalNavigation the velocity.
-    """
-
-    def __init__(self, env_id: str, num_envs: int, lanes: slice):
+    def __init__(self, env_id: str, num_envs: int):
+        self.env_id = env_id
+        self.num_envs = num_envs
         self.momentum = env_id.startswith("Multimodal")
         self.num_modes = int(env_id[-4]) if self.momentum else 0
-        observation_space = gym.spaces.Box(-np.inf, np.inf, (4 if self.momentum else 2,), np.float64)
-        action_space = gym.spaces.Box(-1, 1, (2,), np.float64)
-        horizon = 20 if env_id.endswith("PointRobot-v0") else 100
-        super().__init__(env_id, num_envs, lanes, horizon, observation_space, action_space)
+        self.horizon = 20 if env_id.endswith("PointRobot-v0") else 100
+        obs_size = 4 if self.momentum else 2
+        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_size,), np.float64)
+        self.single_action_space = gym.spaces.Box(-1, 1, (2,), np.float64)
 
     def sample_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
         if self.env_id == "PointRobot-v0":
@@ -568,21 +479,23 @@ class PointEnvs(TaskEnvs):
         return np.column_stack([centre + rng.normal(size=(n, 2)), mode])
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        rng, shape = np.random.default_rng(seed), (self.total_lanes, 2)
+        rng = np.random.default_rng(seed)
         start = 1 if self.env_id == "PointRobot-v0" else 0.2 if self.momentum else 0
         self.goals = options["task"][:, :2]
-        self.position = rng.uniform(-start, start, shape)[self.lanes]
-        self.velocity = rng.uniform(-0.1, 0.1, shape)[self.lanes]  # only MultimodalNavigation has one
+        self.position = rng.uniform(-start, start, (self.num_envs, 2))
+        self.velocity = rng.uniform(-0.1, 0.1, (self.num_envs, 2))  # of MultimodalNavigation only
         self.ended = np.zeros(self.num_envs, bool)
         return self._obs(), {}
 
     def step(self, actions: np.ndarray):
         push = 0.1 * np.clip(actions, -1, 1)
         self.velocity = self.velocity + push if self.momentum else push
-        self.position = np.where(self.ended[:, None], self.position, self.position + self.velocity)
+        moved = self.position + self.velocity
+        self.position = np.where(self.ended[:, None], self.position, moved)
         offset = self.position - self.goals
         distance = np.linalg.norm(offset, axis=1)
-        reward, info = np.where(self.ended, 0, -distance), {}
+        reward = np.where(self.ended, 0, -distance)
+        info = {}
         if self.env_id == "SparsePointRobot-v0":
             hit = distance <= 0.2
             info = {"sparse_reward": np.where(hit, 1 - distance, 0), "success": hit}
@@ -594,190 +507,188 @@ class PointEnvs(TaskEnvs):
         return np.hstack([self.position, self.velocity]) if self.momentum else self.position
 
 
-MUJOCO_FAMILIES = {  # model, frame skip, leading qpos that are not observed, noise of the start, control cost
-    "HalfCheetahDir-v0": ("half_cheetah", 5, 1, 0.1, 0.05),
-    "HalfCheetahVel-v0": ("half_cheetah", 5, 1, 0.1, 0.05),
-    "AntDir-v0": ("ant", 5, 2, 0.1, 0.5),
-    "AntGoal-v0": ("ant", 5, 0, 0.1, 0.1),
-    "SparseAntGoal-v0": ("ant", 5, 0, 0.1, 0.1),
-    "HumanoidDir-v0": ("humanoid", 5, 2, 0.01, 0.1),
-    "Walker2dRandParams-v0": ("walker2d", 4, 1, 0.005, 0.001),
-    "HopperRandParams-v0": ("hopper", 4, 1, 0.005, 0.001),
-}
+class UserEnvs(gym.vector.VectorEnv):
+    """A registered environment that has sample_tasks(n) and set_task(task), lane by lane.
 
-
-class MujocoEnvs(TaskEnvs):
-    """The MuJoCo families, on gymnasium's model files; all lanes step in one call of MuJoCo's own thread pool.
-
-    tasks: (n, 1) direction, velocity or angle; (n, 2) goal; or (n, F) factors on a model's dynamics. Formulas, sources
-    and where they differ from gymnasium's environments: docs/tasks.md.
+    Held-out tasks come from its sample_test_tasks(n) if it has one. [-1, 1] is mapped to the bounds
+    of its Box actions; info["sparse_reward"] and info["success"] are passed on. See docs/tasks.md.
     """
 
-    def __init__(self, env_id: str, num_envs: int, lanes: slice, num_threads: int):
-        import mujoco.rollout
-
-        self.name, self.frame_skip, self.hidden, self.noise, self.control_cost = MUJOCO_FAMILIES[env_id]
-        self.model = mujoco.MjModel.from_xml_path(f"{Path(gym.__file__).parent}/envs/mujoco/assets/{self.name}.xml")
-        self.varies = {}  # the model's arrays that a task scales, and the base of its factors
-        if env_id.endswith("RandParams-v0"):
-            self.varies = {"body_mass": 1.5, "body_inertia": 1.5, "geom_friction": 1.5, "dof_damping": 1.3}
-            self.model.opt.timestep = 0.004  # the original's, with its frame skip of 4
-        obs_size = self.model.nq + self.model.nv - self.hidden
-        spaces = (gym.spaces.Box(-x, x, (n,), np.float64) for x, n in ((np.inf, obs_size), (1, self.model.nu)))
-        super().__init__(env_id, num_envs, lanes, 200, *spaces)
-        threads = num_threads or os.cpu_count()
-        self.pool = mujoco.rollout.Rollout(nthread=threads)
-        self.data = [mujoco.MjData(self.model) for _ in range(threads)]
-        self.models = [copy.copy(self.model) if self.varies else self.model for _ in range(self.num_envs)]
-
-    def sample_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        if self.env_id == "HalfCheetahDir-v0":
-            return np.resize([1.0, -1.0], (n, 1))  # dealt in turn
-        if self.env_id == "HalfCheetahVel-v0":
-            return rng.uniform(0, 3, (n, 1))
-        if self.env_id.endswith("Dir-v0"):
-            return rng.uniform(0, 2 * np.pi, (n, 1))
-        if self.varies:
-            bases = np.concatenate([np.full(getattr(self.model, name).size, b) for name, b in self.varies.items()])
-            return bases ** rng.uniform(-3, 3, (n, len(bases)))
-        half = self.env_id == "SparseAntGoal-v0"  # a half circle of radius 2; AntGoal: a disc of radius 3
-        angle, radius = rng.uniform(0, np.pi if half else 2 * np.pi, n), 2 if half else 3 * rng.uniform(size=n) ** 0.5
-        return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-
-    def reset(self, *, seed: int | None = None, options: dict | None = None):
-        rng, nq, nv = np.random.default_rng(seed), self.model.nq, self.model.nv
-        noise = rng.uniform(-self.noise, self.noise, (self.total_lanes, nq + nv))
-        if self.name in ("half_cheetah", "ant"):
-            noise[:, nq:] = self.noise * rng.normal(size=(self.total_lanes, nv))
-        start = np.concatenate([[0.0], self.model.qpos0, np.zeros(nv)])  # time, qpos, qvel
-        self.state = start + np.pad(noise, ((0, 0), (1, 0)))[self.lanes]
-        self.tasks, self.ended = options["task"], np.zeros(self.num_envs, bool)
-        for model, task in zip(self.models, self.tasks, strict=True) if self.varies else ():
-            for name in self.varies:
-                original = getattr(self.model, name)  # arrays of models are views: scale the original, into the copy
-                getattr(model, name)[:] = original * task[: original.size].reshape(original.shape)
-                task = task[original.size :]
-        return self._obs(), {}
-
-    def step(self, actions: np.ndarray):
-        alive, (low, high) = np.flatnonzero(~self.ended), self.model.actuator_ctrlrange.T
-        control, models = low + (np.clip(actions, -1, 1) + 1) / 2 * (high - low), [self.models[i] for i in alive]
-        states, _ = self.pool.rollout(models, self.data, self.state[alive], control[alive, None], nstep=self.frame_skip)
-        before, self.state[alive] = self.state[:, 1:3].copy(), states[:, -1]
-        velocity = (self.state[:, 1:3] - before) / (self.frame_skip * self.model.opt.timestep)
-        reward, healthy, info = self._judge(velocity)
-        reward = np.where(self.ended, 0, reward - self.control_cost * (control**2).sum(axis=1))
-        self.ended = self.ended | ~healthy
-        return self._obs(), reward, self.ended, np.zeros(self.num_envs, bool), info
-
-    def _judge(self, velocity: np.ndarray):
-        """Reward without the cost of control, whether the lane goes on, and info; velocity (B, 2) of the root."""
-        (x_velocity, y_velocity), qpos, task = velocity.T, self.state[:, 1:], self.tasks.T
-        healthy = np.ones(self.num_envs, bool)
-        if self.env_id == "HalfCheetahDir-v0":
-            return task[0] * x_velocity, healthy, {}
-        if self.env_id == "HalfCheetahVel-v0":
-            return -np.abs(x_velocity - task[0]), healthy, {}
-        if self.env_id.endswith("Goal-v0"):
-            offset = qpos[:, :2] - self.tasks
-            distance = np.linalg.norm(offset, axis=1)
-            hit = distance <= 0.8
-            info = {"sparse_reward": np.where(hit, 1 - distance / 0.8, 0), "success": hit}
-            return -np.abs(offset).sum(axis=1), healthy, info if self.env_id.startswith("Sparse") else {}
-        if self.env_id.endswith("RandParams-v0"):
-            z, pitch = qpos[:, 1], np.abs(qpos[:, 2])
-            walker = self.name == "walker2d"
-            healthy = (0.8 < z) & (z < 2) & (pitch < 1) if walker else (0.7 < z) & (pitch < 0.2)
-            return x_velocity + 1, healthy & (walker | (np.abs(qpos[:, 2:]) < 100).all(axis=1)), {}
-        gain, survival, low, high = (1, 1, 0.2, 1) if self.name == "ant" else (1.25, 5, 1, 2)
-        speed = x_velocity * np.cos(task[0]) + y_velocity * np.sin(task[0])
-        return gain * speed + survival, (low <= qpos[:, 2]) & (qpos[:, 2] <= high), {}
-
-    def _obs(self) -> np.ndarray:
-        obs = self.state[:, 1 + self.hidden :].copy()
-        if self.varies:
-            obs[:, -self.model.nv :] = obs[:, -self.model.nv :].clip(-10, 10)
-        return obs
-
-
-class UserEnvs(TaskEnvs):
-    """A registered environment whose unwrapped env has sample_tasks(n) and set_task(task), lane by lane.
-
-    Held-out tasks come from its sample_test_tasks(n) if it has one, and num_modes is its own. [-1, 1] is mapped to the
-    bounds of its Box actions; info["sparse_reward"] and info["success"] are passed on.
-    """
-
-    def __init__(self, env_id: str, num_envs: int, lanes: slice):
-        try:
-            envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)[lanes]]
-        except (gym.error.Error, ImportError, ValueError) as error:
-            near = difflib.get_close_matches(env_id, [*POINT_FAMILIES, *MUJOCO_FAMILIES, *gym.registry])
-            fail(f"no tasks {env_id}: {str(error).splitlines()[0]}" + f" Near: {', '.join(near)}." * bool(near))
+    def __init__(self, env_id: str, num_envs: int):
+        self.env_id = env_id
+        self.num_envs = num_envs
+        self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
+        first = self.envs[0]
         for method in ("sample_tasks", "set_task"):
-            if not callable(getattr(envs[0].unwrapped, method, None)):
-                fail(f"{env_id} is no family of tasks: it has no method {method} (see docs/tasks.md)")
-        self.native = action_space = envs[0].action_space
-        if isinstance(self.native, gym.spaces.Box):
-            action_space = gym.spaces.Box(-1, 1, (math.prod(self.native.shape),), np.float64)
-        elif not isinstance(self.native, gym.spaces.Discrete):
-            fail(f"{env_id} has {type(self.native).__name__} actions; Box and Discrete are supported")
-        self.envs = [gym.wrappers.FlattenObservation(env) for env in envs]
-        self.num_modes = getattr(envs[0].unwrapped, "num_modes", 0)
-        observation_space, horizon = self.envs[0].observation_space, envs[0].spec.max_episode_steps or 0
-        super().__init__(env_id, num_envs, lanes, horizon, observation_space, action_space)
+            if not callable(getattr(first.unwrapped, method, None)):
+                fail(f"{env_id} is no family of tasks: it has no method {method} (docs/tasks.md)")
+        self.native_obs = first.observation_space
+        self.native = first.action_space
+        if not getattr(self.native_obs, "is_np_flattenable", False):
+            fail(f"{env_id} has observations that no vector holds: {self.native_obs}")
+        if not isinstance(self.native, gym.spaces.Box | gym.spaces.Discrete):
+            kind = type(self.native).__name__
+            fail(f"{env_id} has {kind} actions; Box and Discrete are supported")
+        self.discrete = isinstance(self.native, gym.spaces.Discrete)
+        size = math.prod(self.native.shape)
+        self.single_observation_space = gym.spaces.flatten_space(self.native_obs)
+        self.single_action_space = (
+            self.native if self.discrete else gym.spaces.Box(-1, 1, (size,), np.float64)
+        )
+        self.horizon = first.spec.max_episode_steps or 0
+        self.num_modes = getattr(first.unwrapped, "num_modes", 0)
 
-    def sample_tasks(self, n: int, rng: np.random.Generator, method: str = "sample_tasks") -> np.ndarray:
+    def sample_tasks(self, n: int, rng, method: str = "sample_tasks") -> np.ndarray:
         self.envs[0].reset(seed=int(rng.integers(2**31)))
-        tasks = np.asarray(getattr(self.envs[0].unwrapped, method)(n))
-        if len(tasks) != n or tasks.dtype.kind not in "biuf":
-            fail(f"{self.env_id}: {method}({n}) must return {n} rows of numbers, not {tasks.dtype} {tasks.shape}")
-        return tasks
+        tasks = getattr(self.envs[0].unwrapped, method)(n)
+        try:
+            array = np.asarray(tasks)
+        except ValueError:  # rows of several lengths
+            array = np.asarray(None)
+        if array.shape[:1] != (n,) or array.dtype.kind not in "biuf" or not array.size:
+            came = f"{array.dtype} {array.shape}" if array.ndim else type(tasks).__name__
+            fail(f"{self.env_id}: {method}({n}) must return {n} rows of numbers, not {came}")
+        if not np.isfinite(array).all():
+            fail(f"{self.env_id}: {method}({n}) returned tasks that are not finite")
+        return array
 
     def sample_test_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
         own = hasattr(self.envs[0].unwrapped, "sample_test_tasks")
         return self.sample_tasks(n, rng, "sample_test_tasks" if own else "sample_tasks")
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        seeds = np.random.default_rng(seed).integers(2**31, size=self.total_lanes)[self.lanes]
+        seeds = np.random.default_rng(seed).integers(2**31, size=self.num_envs)
+        self.obs = np.zeros((self.num_envs, *self.single_observation_space.shape))
+        self.terminated = np.zeros(self.num_envs, bool)
+        self.truncated = np.zeros(self.num_envs, bool)
         for env, task in zip(self.envs, options["task"], strict=True):
             env.unwrapped.set_task(task)
-        self.obs = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(self.envs, seeds, strict=True)])
-        self.terminated, self.truncated = np.zeros((2, self.num_envs), bool)
+        for i, env in enumerate(self.envs):
+            self.obs[i] = self._flat(env.reset(seed=int(seeds[i]))[0])
         return self.obs.copy(), {}
 
     def step(self, actions: np.ndarray):
-        if isinstance(self.native, gym.spaces.Discrete):
+        if self.discrete:
             actions = self.native.start + actions
         else:
-            low, high = (self.native.low, self.native.high) if self.native.is_bounded() else (-1, 1)
-            actions = low + (np.clip(actions, -1, 1).reshape(-1, *self.native.shape) + 1) / 2 * (high - low)
-        rewards, infos = np.zeros(self.num_envs), {}
+            low, high = (-1, 1)
+            if self.native.is_bounded():
+                low, high = self.native.low, self.native.high
+            share = (np.clip(actions, -1, 1).reshape(-1, *self.native.shape) + 1) / 2
+            actions = low + share * (high - low)
+        rewards = np.zeros(self.num_envs)
+        infos = {}
         for i in np.flatnonzero(~(self.terminated | self.truncated)):
-            result = self.envs[i].step(actions[i].astype(self.native.dtype))
-            self.obs[i], rewards[i], self.terminated[i], self.truncated[i], info = result
+            action = actions[i].astype(self.native.dtype)
+            obs, reward, self.terminated[i], self.truncated[i], info = self.envs[i].step(action)
+            self.obs[i] = self._flat(obs)
+            rewards[i] = self._number("reward", reward)
             for name in info.keys() & {"sparse_reward", "success"}:
-                infos.setdefault(name, np.zeros(self.num_envs))[i] = info[name]
+                infos.setdefault(name, np.zeros(self.num_envs))[i] = self._number(name, info[name])
         return self.obs.copy(), rewards, self.terminated.copy(), self.truncated.copy(), infos
 
+    def _flat(self, obs) -> np.ndarray:
+        """An observation as a vector; ends the program if it is none of its space."""
+        try:
+            flat = gym.spaces.flatten(self.native_obs, obs)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            flat = np.empty(0)
+        if np.shape(flat) != self.single_observation_space.shape or flat.dtype.kind not in "biuf":
+            fail(f"{self.env_id}: the observation {obs!r:.80} is not in {self.native_obs}")
+        return flat
 
-def make_envs(env_id: str, num_envs: int, num_threads: int = 0, lanes: slice = slice(None)) -> TaskEnvs:
-    """num_envs lanes of a family of tasks, of which this process steps `lanes`; ends the program if there is none."""
-    if env_id in MUJOCO_FAMILIES:
-        return MujocoEnvs(env_id, num_envs, lanes, num_threads)
-    return (PointEnvs if env_id in POINT_FAMILIES else UserEnvs)(env_id, num_envs, lanes)
+    def _number(self, name: str, value) -> float:
+        number = np.asarray(value)
+        if number.size != 1 or number.dtype.kind not in "biuf":
+            fail(f"{self.env_id}: {name} must be a number, not {value!r:.80}")
+        return number.item()
 
 
-def require_finite(envs: TaskEnvs, values: dict, alive, tasks, t: int):
-    """End the program if what a lane that is alive (B,) reports after step t, values (B, ...) by name, is not finite.
+@cache
+def make_envs(env_id: str, num_envs: int = 1) -> gym.vector.VectorEnv:
+    """num_envs lanes of a family of tasks; ends the program if there is none.
 
-    Finite in torch's precision: 1e39 is not, in single precision.
+    Families: points; what is registered with a vector_entry_point and steps all lanes at once, as
+    mujoco_tasks.py does; and environments of one lane. module:Id-v0 imports the module first.
+    """
+    if env_id in POINT_FAMILIES:
+        return PointEnvs(env_id, num_envs)
+    module, _, name = env_id.rpartition(":")
+    for file, families in FAMILY_FILES.items():
+        if not module and re.fullmatch(families, name):
+            module = file
+    if module.startswith("."):
+        fail(f"no tasks {env_id}: {module} is no name of a module")
+    try:
+        if module:
+            importlib.import_module(module)
+        if gym.spec(name).vector_entry_point:
+            envs = gym.make_vec(name, num_envs, vectorization_mode="vector_entry_point")
+            if hasattr(envs, "sample_tasks"):
+                return envs
+        return UserEnvs(env_id, num_envs)
+    except ModuleNotFoundError as error:
+        package = error.name.partition(".")[0]
+        own = error.name == module
+        needed = f"{module}.py beside the script" if own else f"pip install {package}"
+        fail(f"no tasks {env_id}: {error}; it needs {needed}")
+    except gym.error.Error as error:
+        near = difflib.get_close_matches(env_id, [*POINT_FAMILIES, *gym.registry])
+        hint = f" Near: {', '.join(near)}." if near else ""
+        fail(f"no tasks {env_id}: {str(error).splitlines()[0]}{hint}")
+    except SystemExit as error:
+        if error.code:
+            raise
+        fail(f"{env_id} has called sys.exit()")
+
+
+def make_tasks(args) -> tuple[gym.vector.VectorEnv, np.ndarray, np.ndarray]:
+    """One lane of the family, to ask; the fixed training tasks, if any; and the held-out ones.
+
+    Sets what args leave open: horizon, num_test_tasks and eval_episodes.
+    """
+    envs = make_envs(args.env_id)
+    args.horizon = args.horizon or envs.horizon
+    if not args.horizon:
+        fail(f"{args.env_id} has no time limit of its own: give --horizon")
+    args.num_test_tasks = args.num_test_tasks or (200 if args.env_id in POINT_FAMILIES else 40)
+    args.eval_episodes = args.eval_episodes or args.episodes_per_task
+    train = np.empty(0)
+    if args.num_train_tasks:
+        train = envs.sample_tasks(args.num_train_tasks, np.random.default_rng([args.task_seed, 0]))
+    sample = getattr(envs, "sample_test_tasks", envs.sample_tasks)
+    test = sample(args.num_test_tasks, np.random.default_rng([args.task_seed, 1]))
+    if "sparse" in (args.train_reward, args.test_reward):
+        envs.reset(seed=0, options={"task": test[:1]})
+        nothing = np.zeros((1, *envs.single_action_space.shape), envs.single_action_space.dtype)
+        if "sparse_reward" not in envs.step(nothing)[4]:
+            fail(f"{args.env_id} reports no sparse reward")
+    return envs, train, test
+
+
+def meta_batch(envs, train_tasks, args, iteration: int) -> np.ndarray:
+    """(1) This rank's share of N tasks: fresh draws, or different ones of the fixed set."""
+    rank, num_ranks = ranks()
+    n = args.meta_batch_size
+    if len(train_tasks):
+        order = keyed_rng(args.seed, "tasks", iteration).permutation(len(train_tasks))
+        return train_tasks[np.resize(order, n)[rank::num_ranks]]
+    rng = np.random.default_rng([args.task_seed, 0, iteration])
+    return envs.sample_tasks(n, rng)[rank::num_ranks]
+
+
+def require_finite(env_id: str, values: dict, alive, tasks, t: int):
+    """End the program if what a lane that is alive (B,) reports after step t is not finite.
+
+    values: (B, ...) by name. Finite in torch's precision: 1e39 is not, in single precision.
     """
     largest = torch.finfo(torch.get_default_dtype()).max
     for name, value in values.items():
         bad = alive & ~(np.abs(value).reshape(len(alive), -1) <= largest).all(axis=1)
         if bad.any():
-            lane, what = range(envs.total_lanes)[envs.lanes][bad.argmax()], name.rstrip("s").replace("_", " ")
-            fail(f"{envs.env_id}: {what} is not finite in lane {lane}, step {t}, task {tasks[bad][0]}")
+            lane = bad.argmax()
+            what = name.rstrip("s").replace("_", " ")
+            fail(f"{env_id}: {what} is not finite in lane {lane}, step {t}, task {tasks[lane]}")
 
 
 def require_finite_actions(actions: np.ndarray) -> np.ndarray:
@@ -787,45 +698,19 @@ def require_finite_actions(actions: np.ndarray) -> np.ndarray:
     return actions
 
 
-def require_sparse_reward(envs: TaskEnvs, task: np.ndarray):
-    """End the program if the tasks report no sparse reward; task: (1, task size)."""
-    envs.reset(seed=0, options={"task": task.repeat(envs.num_envs, axis=0)})
-    if "sparse_reward" not in envs.step(np.zeros(envs.action_space.shape, envs.action_space.dtype))[4]:
-        fail(f"{envs.env_id} reports no sparse reward")
-
-
-def episode_scores(batch) -> dict[str, torch.Tensor]:
-    """Means over each task's episodes, (N,): undiscounted return and, where defined, success at any step."""
-    scores = {"return": batch["rewards"].sum(-1).mean(1)}
-    return scores | ({"success": batch["success"].amax(-1).mean(1)} if "success" in batch else {})
-
-
 # <<< shared: tasks
 # >>> shared: run
 
-MAY_BE_ZERO = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps"}
-MAY_BE_ZERO |= {"gae_lambda", "cg_damping", "ent_coef", "embedding_size"}
-MAY_BE_ZERO |= {"bias_size", "expert_noise", "expert_round_steps", "importance_clip"}
-MAY_BE_ZERO |= {"init_mu_std"}
-MAY_BE_ZERO |= {"posterior_steps", "extra_steps", "warmup_iterations", "kl_weight", "regularization", "context_window"}
-FORMAT = 2  # of checkpoints; those without a number were written up to commit 2d14005, which reads them
-MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "num_threads", "eval_every", "checkpoint_every"}
-MAY_CHANGE_TO_EVALUATE = {"num_test_tasks", "num_eval_steps", "eval_episodes", "deterministic_eval", "test_reward"}
-MAY_CHANGE_TO_EVALUATE |= {"eval_context", "exploration_episodes"}
+FORMAT = (
+    2  # of checkpoints; those without a number are of commit 2d14005 or older, which reads them
+)
+MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "num_threads"}
+MAY_CHANGE |= {"eval_every", "checkpoint_every"}
 
 
 def fail(message: str) -> NoReturn:
     """End the program with one line and a non-zero status."""
     raise SystemExit(f"error: {message}")
-
-
-def keyed_rng(seed: int, purpose: str, *key: int) -> np.random.Generator:
-    """The generator of one purpose and key. There are no others, so that no draw depends on an earlier one.
-
-    As a spawn key, (1,) and (1, 0) are two streams; as entropy they would be one.
-    """
-    entropy = [seed, zlib.crc32(purpose.encode())]
-    return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=key))
 
 
 def show(*lines: str):
@@ -837,40 +722,32 @@ def show(*lines: str):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def keyed_rng(seed: int, purpose: str, *key: int) -> np.random.Generator:
+    """The generator of one purpose and key. There are no others: no draw depends on an earlier one.
+
+    As a spawn key, (1,) and (1, 0) are two streams; as entropy they would be one.
+    """
+    entropy = [seed, zlib.crc32(purpose.encode())]
+    return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=key))
+
+
 def ranks() -> tuple[int, int]:
     """This process's rank and the number of processes; (0, 1) without torchrun."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def require_torchrun():
-    """End the program if some of torchrun's variables are set, and not all, or not to what it sets them to."""
-    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
-    found = {name: os.environ[name] for name in names if name in os.environ}
-    if not found.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}:
-        return
-    if missing := [name for name in names if name not in found]:
-        fail(f"{', '.join(found)} without {', '.join(missing)}: start with torchrun, or unset them")
-    if not all(value.isdecimal() for name, value in found.items() if name != "MASTER_ADDR"):
-        fail(f"no numbers of torchrun: {found}")
-    rank, size, local_rank, local_size = (int(found[name]) for name in names[:4])
-    if not (rank < size and local_rank < local_size <= size):
-        fail(f"RANK {rank} of {size}, LOCAL_RANK {local_rank} of {local_size}: not set by torchrun")
-
-
-def shard(n: int) -> slice:
-    """This rank's share of n items; the number of ranks divides n."""
-    rank, size = ranks()
-    return slice(rank * n // size, (rank + 1) * n // size)
-
-
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
-    """Sum of x over the ranks, in place."""
+    """Sum of x over the ranks, on each of them."""
+    if ranks()[1] == 1:
+        return x
     try:
-        if ranks()[1] > 1:
-            torch.distributed.all_reduce(x)
+        if torch.distributed.get_backend() == "nccl":
+            x = x.cuda()
+        torch.distributed.all_reduce(x)
     except RuntimeError as error:  # say so at once: torchrun is about to end this process
         reason = re.split(r"\. |\n", str(error))[0]
-        sys.stderr.write(f"error: lost another rank; --resume goes on from the last checkpoint ({reason})\n")
+        lost = "lost another rank; --resume goes on from the last checkpoint"
+        sys.stderr.write(f"error: {lost} ({reason})\n")
         sys.exit(1)
     return x
 
@@ -880,96 +757,116 @@ def task_mean(x: torch.Tensor) -> float:
     return all_reduce(x.mean() / ranks()[1]).item()
 
 
+def num_steps(batches) -> int:
+    """Environment steps in the batches of all ranks."""
+    return int(all_reduce(sum(batch["mask"].sum() for batch in batches)))
+
+
 def parse(args_class, argv: list[str] | None = None):
-    """Args from the command line; those of the saved run are the defaults with --resume or --evaluate."""
+    """Args from the command line; with --resume or --evaluate, the saved run's are the defaults."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without ± or Greek letters
-    args = tyro.cli(args_class, args=argv)
     words = sys.argv[1:] if argv is None else argv
     given = {word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+    for flag, instead in getattr(args_class, "gone", {}).items():
+        if flag in given:
+            fail(f"{flag} is gone: {instead}")
+    args = tyro.cli(args_class, args=argv)
     for flag in ("--resume", "--evaluate"):
         if flag in given and not getattr(args, flag[2:]):
             fail(f"{flag}: the name of the folder is empty")
     folder = args.resume or args.evaluate
     if not folder or "--env-id" in given:
-        sys.path.append(os.getcwd())  # the last place to look for module:Id-v0, if the user named it
-    if folder:
-        saved = args_class(**load_checkpoint(folder, args_class)["args"])
-        if ":" in str(saved.env_id):
-            show(f"tasks of {folder} come from {module_file(saved.env_id)}")
-        args = tyro.cli(args_class, args=argv, default=saved)
-        for name in asdict(saved).keys() - MAY_CHANGE - (MAY_CHANGE_TO_EVALUATE if args.evaluate else set()):
-            if getattr(args, name) != getattr(saved, name):
-                fail(f"--{name.replace('_', '-')} of {folder} is {getattr(saved, name)} and cannot change")
+        sys.path.append(
+            os.getcwd()
+        )  # the last place to look for module:Id-v0, if the user named it
+    if not folder:
+        return args
+    saved = args_class(**load_checkpoint(folder, args_class)["args"])
+    if ":" in saved.env_id:
+        found = importlib.util.find_spec(saved.env_id.split(":")[0])
+        if not found:
+            where = f"{saved.env_id} is not beside the script, nor installed; if it is"
+            fail(f"{where} in the working folder, give --env-id {saved.env_id} too")
+        show(f"tasks of {folder} come from {found.origin}")
+    args = tyro.cli(args_class, args=argv, default=saved)
+    for name in asdict(saved).keys() - MAY_CHANGE if args.resume else ():
+        if getattr(args, name) != getattr(saved, name):
+            flag = f"--{name.replace('_', '-')}"
+            fail(f"{flag} of {folder} is {getattr(saved, name)} and cannot change")
     return args
 
 
-def module_file(env_id: str) -> str:
-    """The file of module:Id-v0, found without importing it."""
-    try:
-        return importlib.util.find_spec(env_id.partition(":")[0]).origin
-    except (AttributeError, ImportError, ValueError):
-        lacking = f"{env_id} is not beside the script, nor installed"
-        fail(f"{lacking}; if it is in the working folder, give --env-id {env_id} too")
+def setup(args) -> tuple:
+    """Check the arguments, seed torch, set threads and device, join the ranks.
 
-
-def is_a(value, kind) -> bool:
-    """Whether a flag's value is of its annotation: a type, a Literal, or a union of these."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_args(kind):
-        return any(is_a(value, one) for one in get_args(kind))
-    return type(value) is kind or (type(value) is int and kind is float)
-
-
-def setup(args) -> torch.device:
-    """Check the arguments that every script has, seed torch, set threads and device, join the ranks."""
-    require_torchrun()
-    kinds = get_type_hints(type(args))
+    Returns a copy of args, the device, and the checkpoint of --resume or --evaluate, else {}.
+    """
+    args = replace(args)
     for name, value in asdict(args).items():
-        flag, zero = f"--{name.replace('_', '-')} {value}", name in MAY_BE_ZERO
-        if not is_a(value, kinds[name]):
-            fail(f"{flag}: must be {getattr(kinds[name], '__name__', kinds[name])}")
+        flag = f"--{name.replace('_', '-')} {value}"
+        zero = name in args.may_be_zero
         if type(value) in (int, float) and not (0 < value < math.inf or (zero and value == 0)):
             fail(f"{flag}: must be {'0 or more' if zero else 'above 0'}")
-        if name in ("gamma", "gae_lambda", "tau", "expert_gamma") and value is not None and value > 1:
+        if name in args.at_most_one and (value or 0) > 1:
             fail(f"{flag}: must be at most 1")
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
+    join_ranks(args)
+    checkpoint = {}
+    if args.resume or args.evaluate:
+        checkpoint = load_checkpoint(args.resume or args.evaluate, type(args))
+    if args.resume and checkpoint["ranks"] != ranks()[1]:
+        fail(f"--resume: {args.resume} is a run of {checkpoint['ranks']} ranks, not {ranks()[1]}")
+    if args.resume and checkpoint["global_step"] >= args.total_timesteps:
+        show(f"{args.resume} is complete; its meta-test:")
+        args = replace(args, resume="", evaluate=args.resume)
+    torch.manual_seed(args.seed)
+    share = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    torch.set_num_threads(args.num_threads or share)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    return args, torch.device("cuda" if args.cuda else "cpu"), checkpoint
+
+
+def join_ranks(args):
+    """Take this rank's device, and meet the other ranks, if torchrun has started them."""
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"]
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    if found.keys() - {"MASTER_PORT"}:
+        numbers = [int(value) for value in found.values() if value.isdecimal()]
+        whole = len(numbers) == 5 and "MASTER_ADDR" in os.environ
+        if not (whole and numbers[0] < numbers[1] and numbers[2] < numbers[3] <= numbers[1]):
+            fail(f"{found} was not set by torchrun: start with it, or unset these variables")
     if args.meta_batch_size % ranks()[1]:
         fail(f"--meta-batch-size {args.meta_batch_size}: not divisible by the {ranks()[1]} ranks")
     if args.cuda and not torch.cuda.is_available():
         fail("--cuda: torch finds no GPU")
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.num_threads or max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(args.torch_deterministic)
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if args.cuda else "cpu")
     if args.cuda:
-        torch.cuda.set_device(device)  # before any collective, or all ranks meet on the first GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # before any collective
     if ranks()[1] > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if args.cuda else "gloo")
-        atexit.register(torch.distributed.destroy_process_group)  # its threads can abort a Python that is ending
-    return device
+        atexit.register(torch.distributed.destroy_process_group)  # or its threads abort the exit
 
 
 def layout(state, name: str = "") -> list[str]:
-    """Where what lies in a checkpoint: name, type and, of tensors, dtype and shape of every entry."""
+    """Where what lies in a checkpoint: name, type, and dtype and shape of every tensor."""
     if isinstance(state, dict | list | tuple):
         items = state.items() if isinstance(state, dict) else enumerate(state)
-        return [f"{name} {type(state).__name__}"] + [line for k, x in items for line in layout(x, f"{name}/{k}")]
+        inside = [line for key, value in items for line in layout(value, f"{name}/{key}")]
+        return [f"{name} {type(state).__name__}", *inside]
     shape = f" {state.dtype} {tuple(state.shape)}" if torch.is_tensor(state) else ""
     return [f"{name} {type(state).__name__}{shape}"]
 
 
-def load_checkpoint(folder: str, args_class) -> dict:
-    """The last checkpoint of a run of this script, on the CPU; ends the program if there is none.
+def load_checkpoint(folder: str, args_class, name: str = "checkpoint.pt") -> dict:
+    """What Run.save has written last, on the CPU; ends the program if it is not whole.
 
-    Nothing in it is executed (weights_only). A changed byte shows in the archive's checksums, which torch does not
-    compare, and an entry that was added, lost or reshaped in its layout.
+    Nothing in it is executed (weights_only). A changed byte shows in the archive's checksums, which
+    torch does not compare; an entry that was added, lost or reshaped shows in its layout.
     """
-    path = Path(folder) / "checkpoint.pt"
+    path = Path(folder) / name
     if not path.is_file() and any(Path(folder).glob("events.out.tfevents.*")):
         fail(f"{folder} was stopped before its first checkpoint: start again, without --resume")
     if not path.is_file():
@@ -978,139 +875,278 @@ def load_checkpoint(folder: str, args_class) -> dict:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
                 raise ValueError
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        algorithm, form, args = (checkpoint[name] for name in ("algorithm", "format", "args"))
-        whole = checkpoint.pop("layout") == layout(checkpoint)
-        args_class(**args) if algorithm == args_class.exp_name else None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        algorithm, number = state["algorithm"], state["format"]
+        whole = state.pop("layout") == layout(state)
+        if algorithm == args_class.exp_name:
+            args_class(**state["args"])
     except Exception as error:  # a truncated or foreign file raises almost anything
         fail(f"{path} is damaged or no checkpoint of this version ({type(error).__name__})")
     if algorithm != args_class.exp_name:
         fail(f"{path} was written by {algorithm}.py")
-    if form != FORMAT or not whole:
-        fail(f"{path} was changed, or is of format {form}; this version reads format {FORMAT}")
-    return checkpoint
+    if number != FORMAT or not whole:
+        fail(f"{path} was changed, or is of format {number}; this version reads format {FORMAT}")
+    return state
+
+
+def restore(own: dict, saved: dict | None) -> dict:
+    """What was saved in place of own tensors by name, if anything was; their shapes must agree."""
+    if saved is None:
+        return own
+    shapes = [{name: tuple(x.shape) for name, x in state.items()} for state in (own, saved)]
+    if shapes[0] != shapes[1]:
+        odd = sorted(name for name, _ in set(shapes[0].items()) ^ set(shapes[1].items()))
+        fail(f"the checkpoint is of other networks than these flags make: {odd[0]} differs")
+    return {name: saved[name].to(x) for name, x in own.items()}
 
 
 class Run:
-    """What surrounds training: the run's folder, TensorBoard, progress bar, checkpoints, signals. Rank 0 writes."""
+    """What surrounds training: counts, times, TensorBoard, progress bar, checkpoints, signals.
 
-    def __init__(self, args, global_step: int):
-        self.args, self.metrics, self.signalled, self.writes = args, {}, False, ranks()[0] == 0
-        self.first_step, self.start, self.printed = global_step, time.perf_counter(), time.perf_counter()
-        self.handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        if self.writes:
-            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
-            self.folder = Path(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", name))
-            with self.writing():
-                # purge_step hides what will be done again
-                self.writer = SummaryWriter(str(self.folder), purge_step=global_step + 1)
-                rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
-                self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
-            show(f"writing to {self.folder}")
-            self.terminal = bool(sys.stdout) and sys.stdout.isatty()
-            file = sys.stdout if self.terminal else open(os.devnull, "w")
-            self.bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True, file=file)
+    Rank 0 writes.
+    """
+
+    def __init__(self, args, checkpoint: dict):
+        self.args = args
+        self.iteration = checkpoint.get("iteration", 0)
+        self.global_step = self.first_step = checkpoint.get("global_step", 0)
+        self.metrics = {}
+        self.rank, self.num_ranks = ranks()
+        self.signalled = self.stopped = False
+        self.start = self.printed = time.perf_counter()
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self._on_signal)
+        now = all_reduce(torch.tensor(time.time_ns() // 10**6 * (self.rank == 0)))  # rank 0's
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{now.item()}"
+        self.folder = Path(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", name))
+        if self.rank > 0:
+            return
+        with self._writing():  # purge_step hides what will be done again
+            self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1)
+            rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
+            self.writer.add_text("hyperparameters", "\n".join(["|param|value|", "|-|-|", *rows]))
+        show(f"writing to {self.folder}")
+        self.terminal = bool(sys.stdout) and sys.stdout.isatty()
+        self.bar = tqdm(
+            total=args.total_timesteps,
+            initial=self.global_step,
+            unit="step",
+            unit_scale=True,
+            file=sys.stdout if self.terminal else open(os.devnull, "w"),
+            bar_format="{l_bar}{bar:10}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]",
+        )
+
+    def __enter__(self):
+        return self
 
     @contextmanager
-    def writing(self):
-        """Ends the program with one line where the disk is full, the folder read-only, or `runs` a file."""
+    def _writing(self):
+        """Ends the program with one line where the disk is full or the folder read-only."""
         try:
             yield
         except (OSError, RuntimeError) as error:  # torch says "iostream error" of a full disk
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            kept = "; the last checkpoint is kept" if (self.folder / "checkpoint.pt").is_file() else ""
-            fail(f"cannot write to {self.folder}: {reason}{kept}")
+            kept = (self.folder / "checkpoint.pt").is_file()
+            last = "; the last checkpoint is kept" if kept else ""
+            fail(f"cannot write to {self.folder}: {reason}{last}")
 
     def _on_signal(self, number, frame):
         self.signalled = True
         signal.signal(number, signal.SIG_DFL)  # a second one aborts
 
-    def stopping(self) -> bool:
-        """Whether a signal has asked any of the ranks to stop."""
-        return bool(all_reduce(torch.tensor(int(self.signalled), device="cuda" if self.args.cuda else "cpu")))
+    @property
+    def complete(self) -> bool:
+        return self.global_step >= self.args.total_timesteps
 
-    def log(self, metrics: dict[str, float], global_step: int):
-        """Write scalars to TensorBoard, and move the bar; without a terminal, print it every ten seconds."""
+    def next_iteration(self) -> bool:
+        """Count one more, unless all steps are done or a signal has stopped the run."""
+        if self.complete or self.stopped:
+            return False
+        self.iteration += 1
+        self.times = {}
+        self.clock = time.perf_counter()
+        return True
+
+    def key(self, purpose: str, *key: int) -> tuple:
+        """Of this iteration's draws, each rank's its own."""
+        return purpose, self.iteration, *key, *([self.rank] if self.rank else [])
+
+    def lap(self, name: str):
+        """time/{name}: the seconds since the last lap of this iteration."""
         now = time.perf_counter()
-        self.metrics |= metrics | {"charts/SPS": (global_step - self.first_step) / (now - self.start)}
-        if self.writes:
-            with self.writing():
-                for tag in [*metrics, "charts/SPS"]:
-                    self.writer.add_scalar(tag, self.metrics[tag], global_step)
-            names = {"charts/pre_adaptation_return": "before", "charts/episodic_return": "after adaptation"}
-            shown = [f"{name} {self.metrics[tag]:.2f}" for tag, name in names.items() if tag in self.metrics]
-            self.bar.set_postfix_str(", ".join(shown), refresh=False)
-            self.bar.update(global_step - self.bar.n)
-            if not self.terminal and (now - self.printed > 10 or global_step >= self.args.total_timesteps):
-                self.printed = now
-                show(str(self.bar))
+        self.times[f"time/{name}"] = now - self.clock
+        self.clock = now
 
-    def save(self, **state):
-        """Replace checkpoint.pt, which is at no moment half written."""
-        if self.writes:
-            state |= {"algorithm": type(self.args).exp_name, "format": FORMAT}
-            state |= {"args": asdict(self.args) | {"resume": "", "evaluate": ""}}
-            with self.writing():
-                self.writer.flush()  # first: what is logged up to a checkpoint is not logged again
-                torch.save(state | {"layout": layout(state)}, self.folder / "checkpoint.tmp")
-                os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+    def due(self, every: int) -> bool:
+        return self.iteration % every == 0 or self.complete
 
-    def close(self):
+    def log(self, metrics: dict[str, float]):
+        """Write scalars to TensorBoard, and move the bar; without a terminal, every ten seconds."""
+        now = time.perf_counter()
+        rate = (self.global_step - self.first_step) / (now - self.start)
+        metrics = metrics | self.times | {"charts/SPS": rate}
+        kept = {tag: x for tag, x in metrics.items() if tag.startswith(("eval/", "charts/"))}
+        self.metrics |= kept
+        if self.rank > 0:
+            return
+        with self._writing():
+            for tag, value in metrics.items():
+                self.writer.add_scalar(tag, value, self.global_step)
+        tags = ("charts/pre_adaptation_return", "charts/episodic_return")
+        returns = " -> ".join(f"{self.metrics[tag]:.2f}" for tag in tags if tag in self.metrics)
+        self.bar.set_description_str(f"return {returns}", refresh=False)
+        self.bar.update(self.global_step - self.bar.n)
+        if not self.terminal and (now - self.printed > 10 or self.complete):
+            self.printed = now
+            show(str(self.bar))
+
+    def saving(self) -> bool:
+        """Whether a checkpoint is due, or a signal has asked one of the ranks to stop here."""
+        self.stopped = bool(all_reduce(torch.tensor(int(self.signalled))))
+        return self.due(self.args.checkpoint_every) or self.stopped
+
+    def save(self, own: dict | None = None, **state):
+        """Replace the checkpoint, which is at no moment half written.
+
+        state is the same on all ranks; own is what each keeps for itself, its replay. That of rank
+        0 is in checkpoint.pt, which is renamed last; the others write a file of this iteration.
+        """
+        if own and self.rank > 0:
+            self._write({"own": own}, f"rank{self.rank}.{self.iteration}.pt")
+        all_reduce(torch.zeros(1))  # all have written
+        if self.rank == 0:
+            counts = {"iteration": self.iteration, "global_step": self.global_step}
+            self._write(state | counts | {"own": own or {}}, "checkpoint.pt")
+        all_reduce(torch.zeros(1))
+        for old in self.folder.glob(f"rank{self.rank}.*.pt"):
+            if old.name != f"rank{self.rank}.{self.iteration}.pt":
+                old.unlink()
+
+    def _write(self, state: dict, name: str):
+        state |= {"algorithm": type(self.args).exp_name, "format": FORMAT, "ranks": self.num_ranks}
+        state |= {"args": asdict(self.args) | {"resume": "", "evaluate": ""}}
+        with self._writing():
+            if self.rank == 0:
+                self.writer.flush()  # first: what is logged up to here is not logged again
+            torch.save(state | {"layout": layout(state)}, self.folder / f"{name}.tmp")
+            os.replace(self.folder / f"{name}.tmp", self.folder / name)
+
+    def own(self, checkpoint: dict) -> dict:
+        """What this rank has kept for itself in the checkpoint of a run to resume."""
+        if self.rank == 0:
+            return checkpoint["own"]
+        name = f"rank{self.rank}.{self.iteration}.pt"
+        return load_checkpoint(str(self.folder), type(self.args), name)["own"]
+
+    def __exit__(self, kind, error, traceback):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if self.writes:
+        if self.rank == 0:
             self.bar.close()
             self.writer.close()
-            if self.signalled and not sys.exc_info()[0]:
-                show(f"stopped; --resume {self.folder} goes on from here")
+        if isinstance(error, SystemExit) and not error.code:
+            fail(f"{self.args.env_id} has called sys.exit()")
+        if self.stopped and not error:
+            show(f"stopped; --resume {self.folder} goes on from here")
 
 
-def gather_scores(scores: dict[str, torch.Tensor], num_tasks: int) -> dict[str, np.ndarray]:
-    """Scores (K + 1, num_tasks) from what each rank has filled into its columns of (K + 1, num_tasks or more) zeros."""
-    if all_reduce(scores["return"].new_tensor(float("success" in scores))) > 0:  # some rank has met it
-        scores.setdefault("success", torch.zeros_like(scores["return"]))
-    return {name: all_reduce(score)[:, :num_tasks].cpu().numpy() for name, score in sorted(scores.items())}
+def stack_scores(scores: list[list[dict]], num_tasks: int) -> dict[str, np.ndarray]:
+    """Scores[k], of groups of tasks after k adaptations -> (K + 1, num_tasks) by name.
+
+    The last group may have wrapped around; what a group does not report is 0.
+    """
+    stacked = {}
+    for name in sorted({name for row in scores for group in row for name in group}):
+        rows = [
+            torch.cat([group.get(name, 0 * group["return"]) for group in row]) for row in scores
+        ]
+        stacked[name] = torch.stack(rows)[:, :num_tasks].cpu().numpy()
+    return stacked
 
 
 def over_tasks(score: np.ndarray, tasks: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """Mean of score (..., M) over M tasks (M, ...), half its 95% interval, and the number of different tasks.
+    """Mean of score (..., M) over tasks (M, ...), half its 95% interval, and the different tasks.
 
-    Copies of a task are averaged first. Student's t, its quantile to 0.2% (Abramowitz and Stegun 26.7.5); below four
-    different tasks the interval is NaN.
+    Copies of a task are averaged first. Student's t, its quantile to 0.2% (Abramowitz and Stegun
+    26.7.5); below four different tasks the interval is NaN.
     """
-    _, task, copies = np.unique([task.tobytes() for task in tasks], return_inverse=True, return_counts=True)
-    score = np.stack([np.bincount(task, row) for row in score.reshape(-1, len(tasks))]) / copies
-    n, nu = len(copies), max(len(copies) - 1, 1)
-    quantile = 1.96 + 2.372 / nu + 2.823 / nu**2 + 2.556 / nu**3 + 1.589 / nu**4 if n > 3 else math.nan
-    half = quantile * score.std(1, ddof=int(n > 1)) / n**0.5
-    return score.mean(1), half, n
+    rows = [task.tobytes() for task in tasks]
+    _, which, copies = np.unique(rows, return_inverse=True, return_counts=True)
+    sums = [np.bincount(which, row) for row in score.reshape(-1, len(tasks))]
+    score = np.stack(sums) / copies
+    n = len(copies)
+    nu = max(n - 1, 1)
+    quantile = 1.96 + 2.372 / nu + 2.823 / nu**2 + 2.556 / nu**3 + 1.589 / nu**4
+    half = quantile * score.std(1, ddof=min(n - 1, 1)) / n**0.5
+    return score.mean(1), half if n > 3 else half * math.nan, n
 
 
-def report(scores: dict[str, np.ndarray], tasks: np.ndarray, episodes: int, printed=False) -> dict[str, float]:
-    """Meta-test scores (K + 1, M), or (M,), of tasks (M, ...) as eval/* metrics; printed, also as a table.
+def report(scores: dict, tasks: np.ndarray, args, episodes: dict | None = None) -> dict[str, float]:
+    """Meta-test scores (K + 1, M), or (M,), of tasks (M, ...) as eval/* metrics; NaN: not scored.
 
-    Row k is what comes after k x episodes.
+    Row k is what comes after k x eval_episodes. Given the episodes, the end of a run, it also
+    prints a table, and with --evaluate writes all of it to evaluation.npz.
     """
     metrics, table = {}, []
     for name, score in scores.items():
-        means, halves, different = over_tasks(score, tasks)
-        shown = [f"{x:10.3f}" + f" ± {half:.3f}" * (different > 3) for x, half in zip(means, halves, strict=True)]
+        known = ~np.isnan(score).reshape(-1, len(tasks)).any(0)
+        means, halves, different = over_tasks(score[..., known], tasks[known])
+        shown = [f"{mean:10.3f}" for mean in means]
+        if different > 3:
+            shown = [f"{x} ± {half:.3f}" for x, half in zip(shown, halves, strict=True)]
         if score.ndim == 1:
             metrics[f"eval/{name}"] = float(means[0])
             table.append(f"{name}: {shown[0].strip()}")
             continue
-        few = f" ({different} different)" if different < len(tasks) else ""
+        few = f" ({different} different)" if different < known.sum() else ""
         interval = " and 95% interval over tasks" if different > 3 else ""
-        table.append(f"{name} on {len(tasks)} held-out tasks{few}, mean{interval}:")
+        table.append(f"{name} on {known.sum()} held-out tasks{few}, mean{interval}:")
         for k, mean in enumerate(means):
-            metrics[f"eval/{name}_after_{k * episodes}_episodes"] = float(mean)
-            table.append(f"  after {k * episodes:4d} episodes {shown[k]}")
-    if printed:
+            count = k * args.eval_episodes
+            metrics[f"eval/{name}_after_{count}_episodes"] = float(mean)
+            table.append(f"  after {count:4d} episodes {shown[k]}")
+    if episodes is not None:
         show(*table)
+    if episodes is not None and args.evaluate and ranks()[0] == 0:
+        arrays = {name: x.cpu().numpy() for name, x in episodes.items() if x.numel() < 2**22}
+        np.savez(Path(args.evaluate) / "evaluation.npz", tasks=tasks, **scores, **arrays)
     return metrics
 
 
 # <<< shared: run
+# >>> shared: actions
+
+
+def distribution(dist_params: torch.Tensor, discrete=False) -> Categorical | Independent:
+    """Of mean and log std (..., 2A), or of logits (..., n); log_prob and KL are sums over A."""
+    if discrete:
+        return Categorical(logits=dist_params, validate_args=False)
+    mean, log_std = dist_params.chunk(2, -1)
+    return Independent(Normal(mean, log_std.exp(), validate_args=False), 1)
+
+
+def draw_actions(dist_params: torch.Tensor, noise: torch.Tensor, discrete=False) -> torch.Tensor:
+    """Actions (..., A), or (...); noise (..., A): normal, for logits Gumbel, 0 for mean or mode."""
+    if discrete:
+        return (dist_params + noise).argmax(-1)  # Gumbel noise makes it a draw from the softmax
+    mean, log_std = dist_params.chunk(2, -1)
+    return mean + log_std.exp() * noise
+
+
+def probability_ratio(dist_params: torch.Tensor, batch: dict, discrete=False) -> torch.Tensor:
+    """π(a|o) / π_old(a|o) of the actions of a batch; 1 where the mask is 0."""
+    logprobs = distribution(dist_params, discrete).log_prob(batch["actions"])
+    return torch.exp((logprobs - batch["logprobs"]) * batch["mask"])
+
+
+def tasks_at_once(obs: torch.Tensor) -> int | None:
+    """How many of the tasks of obs (N, E, T, O) vmap takes at a time: 8000 steps suit a cache."""
+    return None if obs.is_cuda else max(1, 8000 // obs[0, ..., 0].numel())
+
+
+# <<< shared: actions
 # >>> shared: advantages
 
 
@@ -1120,88 +1156,135 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor, dim=None, keepdim=False) ->
 
 
 def discounted_sum(x: torch.Tensor, discount: float) -> torch.Tensor:
-    """y_t = Σ_{s ≥ t} discount^(s-t) x_s along the last axis, as one product with a triangular matrix."""
+    """y_t = Σ_{s ≥ t} discount^(s-t) x_s along the last axis, by a triangular matrix."""
     steps = torch.arange(x.shape[-1], device=x.device)
     ahead = steps[:, None] - steps  # (s, t)
     return x @ torch.where(ahead >= 0, discount ** ahead.clamp(min=0).to(x.dtype), 0)
 
 
 def gae(rewards, values, mask, gamma: float, gae_lambda: float) -> torch.Tensor:
-    """Generalised advantage estimates (..., T); the value after an episode's last step is 0, a time limit included."""
+    """Generalised advantage estimates (..., T); after an episode's last step, one that a time limit
+    ends included, the value is 0.
+    """
     values = values * mask
     next_values = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
     return discounted_sum((rewards + gamma * next_values - values) * mask, gamma * gae_lambda)
 
 
 # <<< shared: advantages
-# ======================================================================================================================
-# The task families of the RL² paper, which only this script has.
-# ======================================================================================================================
+# >>> shared: moments
 
+
+def moments(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (...) of x (*mask.shape, ...) where mask is 1, over all ranks."""
+    dims = tuple(range(mask.ndim))
+    weight = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+    count = all_reduce(mask.sum())
+    mean = all_reduce((x * weight).sum(dims)) / count
+    variance = all_reduce(((x - mean) ** 2 * weight).sum(dims)) / count
+    return mean, variance.sqrt()
+
+
+# <<< shared: moments
+# ==================================================================================================
+# The task families of the RL² paper, which only this script has.
+# ==================================================================================================
 
 BANDITS = re.compile(r"Bandit([1-9]\d*)Arms([1-9]\d*)-v0")  # their ids
 
 
-class BanditEnvs(TaskEnvs):
-    """Bandit{k}Arms{n}-v0: n pulls of k arms that pay 1 with a probability of their own, U[0, 1], and else 0.
+class BanditEnvs(gym.vector.VectorEnv):
+    """Bandit{k}Arms{n}-v0: n pulls of k arms; each pays 1 with its own probability, U[0, 1], or 0.
 
-    tasks: (B, k) probabilities. Nothing is observed. An episode is n pulls; as every pull ends an episode of the paper,
-    info["episode_end"] is always 1.
+    tasks: (B, k) probabilities. Nothing is observed. An episode is n pulls.
     """
 
-    def __init__(self, env_id: str, num_envs: int, lanes: slice):
-        self.arms, pulls = map(int, BANDITS.fullmatch(env_id).groups())
-        nothing = gym.spaces.Box(0, 0, (0,), np.float64)
-        super().__init__(env_id, num_envs, lanes, pulls, nothing, gym.spaces.Discrete(self.arms))
+    metadata: ClassVar = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
+    ends_every_step = True  # the agent is told so, as a pull is an episode in the paper
+
+    def __init__(self, env_id: str, num_envs: int):
+        self.env_id = env_id
+        self.num_envs = num_envs
+        self.arms, self.horizon = map(int, BANDITS.fullmatch(env_id).groups())
+        self.single_observation_space = gym.spaces.Box(0, 0, (0,), np.float64)
+        self.single_action_space = gym.spaces.Discrete(self.arms)
 
     def sample_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
         return rng.uniform(size=(n, self.arms))
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        self.rng, self.probabilities = np.random.default_rng(seed), options["task"]
+        self.rng = np.random.default_rng(seed)
+        self.probabilities = options["task"]
         return np.zeros((self.num_envs, 0)), {}
 
     def step(self, actions: np.ndarray):
-        draws, never = self.rng.uniform(size=self.total_lanes)[self.lanes], np.zeros(self.num_envs, bool)
-        pays = draws < self.probabilities[np.arange(self.num_envs), actions]
-        return np.zeros((self.num_envs, 0)), pays.astype(float), never, never, {"episode_end": ~never}
+        chance = self.probabilities[np.arange(self.num_envs), actions]
+        pays = self.rng.uniform(size=self.num_envs) < chance
+        never = np.zeros(self.num_envs, bool)
+        return np.zeros((self.num_envs, 0)), pays.astype(float), never, never, {}
 
 
-class TabularMDPEnvs(TaskEnvs):
-    """TabularMDP-v0: 10 states, 5 actions, 10 steps from state 0; rewards N(μ, 1), μ ~ N(1, 1); P ~ Dirichlet(1, …, 1).
+class TabularMDPEnvs(gym.vector.VectorEnv):
+    """TabularMDP-v0: 10 states, 5 actions, 10 steps from state 0; the state is observed, one-hot.
 
-    tasks: (B, 550): μ (10, 5) and P (10, 5, 10), both flat. Observed is the state, one-hot.
+    Rewards N(μ, 1), μ ~ N(1, 1); transitions P ~ Dirichlet(1, …, 1). tasks: (B, 550): μ (10, 5) and
+    P (10, 5, 10), both flat.
     """
 
-    def __init__(self, env_id: str, num_envs: int, lanes: slice):
-        one_hot = gym.spaces.Box(0, 1, (10,), np.float64)
-        super().__init__(env_id, num_envs, lanes, 10, one_hot, gym.spaces.Discrete(5))
+    metadata: ClassVar = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
+    horizon = 10
+
+    def __init__(self, env_id: str, num_envs: int):
+        self.env_id = env_id
+        self.num_envs = num_envs
+        self.single_observation_space = gym.spaces.Box(0, 1, (10,), np.float64)
+        self.single_action_space = gym.spaces.Discrete(5)
 
     def sample_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        mean, weights = rng.normal(1, 1, (n, 50)), rng.exponential(size=(n, 50, 10))
-        return np.hstack([mean, (weights / weights.sum(-1, keepdims=True)).reshape(n, 500)])
+        mean = rng.normal(1, 1, (n, 50))
+        weights = rng.exponential(size=(n, 50, 10))
+        transitions = weights / weights.sum(-1, keepdims=True)
+        return np.hstack([mean, transitions.reshape(n, 500)])
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        self.rng, self.tasks, self.state = np.random.default_rng(seed), options["task"], np.zeros(self.num_envs, int)
+        self.rng = np.random.default_rng(seed)
+        self.mean = options["task"][:, :50]
+        self.transitions = options["task"][:, 50:].reshape(-1, 50, 10)
+        self.state = np.zeros(self.num_envs, int)
         return np.eye(10)[self.state], {}
 
     def step(self, actions: np.ndarray):
-        noise = self.rng.normal(size=self.total_lanes)[self.lanes]
-        draws = self.rng.uniform(size=self.total_lanes)[self.lanes]
-        pair, lanes, never = 5 * self.state + actions, np.arange(self.num_envs), np.zeros(self.num_envs, bool)
-        rewards = self.tasks[lanes, pair] + noise
-        transition = self.tasks[:, 50:].reshape(-1, 50, 10)[lanes, pair]
-        self.state = (transition.cumsum(1)[:, :-1] < draws[:, None]).sum(1)
+        pair = np.arange(self.num_envs), 5 * self.state + actions
+        rewards = self.mean[pair] + self.rng.normal(size=self.num_envs)
+        draws = self.rng.uniform(size=(self.num_envs, 1))
+        self.state = (self.transitions[pair].cumsum(1)[:, :-1] < draws).sum(1)
+        never = np.zeros(self.num_envs, bool)
         return np.eye(10)[self.state], rewards, never, never, {}
 
 
-def make_trial_envs(env_id: str, num_envs: int, num_threads: int = 0, lanes: slice = slice(None)) -> TaskEnvs:
-    """make_envs, and the families above."""
+def register_own(env_id: str):
+    """Let make_envs find the family of this id, if it is one of the two above."""
+    family = {"TabularMDP-v0": TabularMDPEnvs}.get(env_id)
     if BANDITS.fullmatch(env_id):
-        return BanditEnvs(env_id, num_envs, lanes)
-    if env_id == "TabularMDP-v0":
-        return TabularMDPEnvs(env_id, num_envs, lanes)
-    return make_envs(env_id, num_envs, num_threads, lanes)
+        family = BanditEnvs
+    if family and env_id not in gym.registry:
+        gym.register(env_id, vector_entry_point=family, kwargs={"env_id": env_id})
+
+
+def with_defaults(args: Args) -> Args:
+    """args with values in place of None, by the kind of tasks."""
+    names = "meta_batch_size", "episodes_per_task", "num_test_tasks", "embedding_size", "gae_lambda"
+    values = 100, 2, 40, 0, 0.95
+    if args.env_id == "TabularMDP-v0":
+        values = 500, 10, 20_000, 128, 0.3
+    if BANDITS.fullmatch(args.env_id):
+        values = 1000, 1, 20_000, 0, 0.3
+    given = {name: value for name, value in asdict(args).items() if value is not None}
+    args = replace(args, **dict(zip(names, values, strict=True)) | given)
+    if args.num_eval_steps is None:
+        scores = args.episodes_per_task // max(1, args.eval_episodes)
+        args.num_eval_steps = max(0, scores - 1)
+    return args
 
 
 if __name__ == "__main__":
