@@ -20,12 +20,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from rl2 import Agent, collect, make_trial_envs
+from rl2 import Agent, Args, collect, make_envs, register_own
 
 TRIALS, MINIBATCH, EPOCHS, EPISODES, STEPS = 500, 62, 4, 10, 10
 
 
-def posterior_means(states: torch.Tensor, actions: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+def posterior_means(
+    states: torch.Tensor, actions: torch.Tensor, rewards: torch.Tensor
+) -> torch.Tensor:
     """Of the actions in each step's state, before the step: (N, S) each -> (N, S, 5). Prior and noise are N(·, 1)."""
     trials = torch.arange(len(states))
     total, count = torch.ones(2, len(states), 10, 5)
@@ -40,8 +42,18 @@ def posterior_means(states: torch.Tensor, actions: torch.Tensor, rewards: torch.
 def main(args: argparse.Namespace):
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
-    envs, start = make_trial_envs("TabularMDP-v0", TRIALS), time.perf_counter()
-    agent = Agent(10, envs.single_action_space, EPISODES * STEPS, args.hidden_size, embedding_size=args.embedding_size)
+    start = time.perf_counter()
+    register_own("TabularMDP-v0")
+    envs = make_envs("TabularMDP-v0", TRIALS)
+    play = Args(
+        env_id="TabularMDP-v0",
+        seed=args.seed,
+        horizon=STEPS,
+        episodes_per_task=EPISODES,
+        hidden_size=args.hidden_size,
+        embedding_size=args.embedding_size,
+    )
+    agent = Agent(10, envs.single_action_space, EPISODES * STEPS, play)
     agent.obs_mean.fill_(0.1)
     agent.obs_std.fill_(0.33)
     agent.reward_mean.fill_(1)
@@ -50,12 +62,12 @@ def main(args: argparse.Namespace):
     iterations = args.steps // (TRIALS * EPISODES * STEPS)
     for iteration in range(iterations + 1):
         tasks = envs.sample_tasks(TRIALS, np.random.default_rng([args.seed, 0, iteration]))
-        with torch.no_grad():
-            batch, scores = collect(agent, tasks, np.random.default_rng([1, iteration]), envs, EPISODES, STEPS, "dense")
+        batch, scores = collect(agent, tasks, ("memory", iteration), play)
         states = batch["inputs"][..., :10].argmax(-1)
         means = posterior_means(states, batch["actions"], batch["rewards"])
         if iteration % 20 == 0 or iteration == iterations:
-            greedy = (means.gather(-1, batch["actions"][..., None])[..., 0] == means.amax(-1))[:, -5 * STEPS :].float()
+            chosen = means.gather(-1, batch["actions"][..., None])[..., 0]
+            greedy = (chosen == means.amax(-1))[:, -5 * STEPS :].float()
             first = states[:, -5 * STEPS :] == 0
             print(
                 f"{iteration * TRIALS * EPISODES * STEPS:>9,} steps, {time.perf_counter() - start:.0f} s: "
@@ -76,7 +88,9 @@ def main(args: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hidden-size", type=int, default=64)
     parser.add_argument("--embedding-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=3e-3)

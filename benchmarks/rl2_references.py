@@ -44,9 +44,11 @@ def bandit_optimum(arms: tuple, pulls: int) -> float:
     for i, (wins, losses) in enumerate(arms):
         if i and arms[i] == arms[i - 1]:
             continue
-        p, others = (wins + 1) / (wins + losses + 2), arms[:i] + arms[i + 1 :]
-        win, lose = (tuple(sorted((*others, arm))) for arm in ((wins + 1, losses), (wins, losses + 1)))
-        best = max(best, p * (1 + bandit_optimum(win, pulls - 1)) + (1 - p) * bandit_optimum(lose, pulls - 1))
+        others = arms[:i] + arms[i + 1 :]
+        win = bandit_optimum(tuple(sorted((*others, (wins + 1, losses)))), pulls - 1)
+        lose = bandit_optimum(tuple(sorted((*others, (wins, losses + 1)))), pulls - 1)
+        p = (wins + 1) / (wins + losses + 2)
+        best = max(best, p * (1 + win) + (1 - p) * lose)
     return best
 
 
@@ -99,7 +101,9 @@ def bandit_references(env_id: str, tasks: np.ndarray, rng) -> dict[str, np.ndarr
         "Gittins": play_bandits(index=gittins, **lanes),
         "UCB1": max(bounds, key=np.mean),
         "greedy": play_bandits(index=mean, **lanes),
-        "Thompson": play_bandits(index=lambda wins, losses, t: rng.beta(wins + 1, losses + 1), **lanes),
+        "Thompson": play_bandits(
+            index=lambda wins, losses, t: rng.beta(wins + 1, losses + 1), **lanes
+        ),
         "random": play_bandits(index=lambda wins, losses, t: np.zeros_like(wins), **lanes),
         "best arm known": float(pulls * tasks.max(1).mean()),
     }
@@ -117,8 +121,10 @@ def plan(mean: np.ndarray, p: np.ndarray, horizon: int) -> np.ndarray:
 def play_mdps(tasks: np.ndarray, episodes: int, belief, rng) -> np.ndarray:
     """Returns (M,) of planning, at the start of each episode, on belief(visits, reward sums, transition counts)."""
     n, lanes = len(tasks), np.arange(len(tasks))
-    envs = rl2.make_trial_envs("TabularMDP-v0", n)
-    visits, sums, counts, total = np.zeros((n, 10, 5)), np.zeros((n, 10, 5)), np.zeros((n, 10, 5, 10)), np.zeros(n)
+    envs = rl2.TabularMDPEnvs("TabularMDP-v0", n)
+    visits, sums = np.zeros((2, n, 10, 5))
+    counts = np.zeros((n, 10, 5, 10))
+    total = np.zeros(n)
     for _ in range(episodes):
         obs, _ = envs.reset(seed=int(rng.integers(2**31)), options={"task": tasks})
         actions = plan(*belief(visits, sums, counts), envs.horizon)
@@ -136,13 +142,16 @@ def play_mdps(tasks: np.ndarray, episodes: int, belief, rng) -> np.ndarray:
 def mdp_references(tasks: np.ndarray, rng, episodes: int = 10) -> dict[str, np.ndarray]:
     mean, p = tasks[:, :50].reshape(-1, 10, 5), tasks[:, 50:].reshape(-1, 10, 5, 10)
 
-    def expected(visits, sums, counts):  # the posterior's means: N(1, 1) prior, unit noise; Dirichlet(1) prior
+    # the posterior's means: N(1, 1) prior, unit noise; Dirichlet(1) prior
+    def expected(visits, sums, counts):
         posterior = counts + 1
         return (1 + sums) / (1 + visits), posterior / posterior.sum(-1, keepdims=True)
 
     def sampled(visits, sums, counts):
-        mean, weights = expected(visits, sums, counts)[0], rng.standard_gamma(counts + 1)
-        return mean + rng.normal(size=mean.shape) / np.sqrt(1 + visits), weights / weights.sum(-1, keepdims=True)
+        mean, _ = expected(visits, sums, counts)
+        weights = rng.standard_gamma(counts + 1)
+        drawn = mean + rng.normal(size=mean.shape) / np.sqrt(1 + visits)
+        return drawn, weights / weights.sum(-1, keepdims=True)
 
     def arbitrary(visits, sums, counts):
         return rng.normal(size=visits.shape), np.full(counts.shape, 0.1)
@@ -157,13 +166,11 @@ def mdp_references(tasks: np.ndarray, rng, episodes: int = 10) -> dict[str, np.n
 
 def score(run: str) -> tuple[str, np.ndarray]:
     """Environment and trial returns (M,) of a run of rl2.py."""
-    kept, report = [], rl2.trial_report
-    rl2.trial_report = lambda scores, *args, **kwargs: kept.append(scores) or report(scores, *args, **kwargs)
     with contextlib.redirect_stdout(io.StringIO()):
-        args = rl2.parse(rl2.Args, ["--evaluate", run, "--num-threads", str(torch.get_num_threads())])
+        threads = str(torch.get_num_threads())
+        args = rl2.parse(rl2.Args, ["--evaluate", run, "--num-threads", threads])
         rl2.main(args)
-    rl2.trial_report = report
-    return args.env_id, kept[0]["return"].sum(0) * args.eval_episodes
+    return args.env_id, np.load(Path(run) / "evaluation.npz")["trial_return"]
 
 
 def main(names: list[str]):
@@ -177,8 +184,13 @@ def main(names: list[str]):
     print("| family | | trial return |\n|-|-|-|", flush=True)
     for env_id, scores in runs.items():
         rng = np.random.default_rng(1)
-        tasks = rl2.make_trial_envs(env_id, 1).sample_test_tasks(TRIALS, np.random.default_rng([0, 1]))
-        scores |= mdp_references(tasks, rng) if env_id == "TabularMDP-v0" else bandit_references(env_id, tasks, rng)
+        rl2.register_own(env_id)
+        tasks = rl2.make_envs(env_id).sample_tasks(TRIALS, np.random.default_rng([0, 1]))
+        scores |= (
+            mdp_references(tasks, rng)
+            if env_id == "TabularMDP-v0"
+            else bandit_references(env_id, tasks, rng)
+        )
         for name, x in scores.items():
             error = "" if isinstance(x, float) else f" ± {np.std(x) / len(x) ** 0.5:.3f}"
             print(f"| {env_id} | {name} | {np.mean(x):.3f}{error} |", flush=True)
