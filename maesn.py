@@ -1,8 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#   "torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=0.9", "tensorboard>=2.16", "tqdm>=4.66",
-# ]
+# dependencies = ["torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=0.9",
+#                 "tensorboard>=2.16", "tqdm>=4.66"]
 # ///
 """MAESN: Meta-Reinforcement Learning of Structured Exploration Strategies.
 Gupta, Mendonca, Liu, Abbeel and Levine, NeurIPS 2018, arXiv 1802.07245, Algorithm 1.
@@ -267,7 +266,7 @@ def adapt_all(phi, theta, batch, step_sizes, policy) -> dict:
 
 
 def split(meta) -> tuple[dict, dict, dict]:
-    """Meta-parameters to θ, the table of latents (M, Z), and the step sizes α of what is adapted."""
+    """Meta-parameters to θ, the table of latents (M, Z), and the step sizes α by name."""
     table = {name: meta[name] for name in ("mu", "log_sigma")}
     rest = {name: p for name, p in meta.items() if name not in table}
     theta = {name: p for name, p in rest.items() if not name.startswith("log_lr.")}
@@ -311,7 +310,7 @@ def latent_kl(vector, like, rows, weight=1.0) -> torch.Tensor:
 
 
 def evaluate(meta, tasks, policy, args) -> tuple[dict, dict]:
-    """(9) Meta-test on tasks (M, K): the scores before and after each of num_eval_steps adaptations.
+    """(9) Meta-test on tasks (M, K): scores before and after each of num_eval_steps adaptations.
 
     Returns {"return": (num_eval_steps + 1, M), ...}, means over a task's episodes, and the first
     tasks' episodes; "found" is whether any of the episodes adapted to so far was a success. Draws
@@ -1233,7 +1232,7 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor, dim=None, keepdim=False) ->
 
 
 def discounted_sum(x: torch.Tensor, discount: float) -> torch.Tensor:
-    """y_t = Σ_{s ≥ t} discount^(s-t) x_s along the last axis: a product with a triangular matrix."""
+    """y_t = Σ_{s ≥ t} discount^(s-t) x_s along the last axis, by a triangular matrix."""
     steps = torch.arange(x.shape[-1], device=x.device)
     ahead = steps[:, None] - steps  # (s, t)
     return x @ torch.where(ahead >= 0, discount ** ahead.clamp(min=0).to(x.dtype), 0)

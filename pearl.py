@@ -1,8 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#   "torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=0.9", "tensorboard>=2.16", "tqdm>=4.66",
-# ]
+# dependencies = ["torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=0.9",
+#                 "tensorboard>=2.16", "tqdm>=4.66"]
 # ///
 """PEARL: Efficient Off-Policy Meta-Reinforcement Learning via Probabilistic Context Variables.
 Rakelly, Zhou, Quillen, Finn and Levine, ICML 2019, arXiv 1903.08254, Algorithms 1 and 2.
@@ -383,8 +382,8 @@ def main(args: Args) -> dict[str, float]:
             for name, optimizer in optimizers.items():
                 optimizer.load_state_dict(checkpoint["optimizers"][name])
         size = f"{args.replay_size} steps, {experience.replay.bytes / 1e9:.2f} GB"
-        show(", ".join(f"{name} {getattr(args, name)}" for name in BY_KIND))
-        show(f"replay: {num_tasks} tasks x {size}")
+        values = ", ".join(f"{name} {getattr(args, name)}" for name in BY_KIND)
+        show(values, f"replay: {num_tasks} tasks x {size}")
         while run.next_iteration():
             # (1) collect: at first in all tasks in turn, then in picked ones
             warming_up = run.iteration < first + args.warmup_iterations

@@ -1,5 +1,6 @@
 """benchmarks/run.py and plot.py: a list becomes CSVs once, and what is computed from them is right."""
 
+import importlib
 import importlib.util
 import subprocess
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, to_argv
+
+import maml_trpo
 
 
 def load_module(name):
@@ -16,9 +19,8 @@ def load_module(name):
     return module
 
 
-plot, run, per_task = load_module("plot"), load_module("run"), load_module("per_task")
+plot, run = load_module("plot"), load_module("run")
 pearl_contexts, rl2_memory = load_module("pearl_contexts"), load_module("rl2_memory")
-both_scores = load_module("both_scores")
 
 
 @pytest.fixture
@@ -39,11 +41,18 @@ def test_a_list_becomes_csvs(place):
     lines = path.read_text().splitlines()
     assert f"# command: python {command} --seed 1" in lines and lines[3].startswith("# seconds: ")
     rows = plot.read(path)
-    assert list(rows["global_step"]) == [160, 320] and np.isfinite(rows["eval/return_after_2_episodes"]).all()
+    assert (
+        list(rows["global_step"]) == [160, 320]
+        and np.isfinite(rows["eval/return_after_2_episodes"]).all()
+    )
     assert run.run("some", *found[0]) == "b_1: was done"
     path.unlink()
-    assert "complete" in run.run("some", *found[0])  # it would go on from the checkpoint
-    assert run.run("some", "bad", 1, ["maml_trpo.py", "--gamma", "2"]).startswith("bad_1: not finished (error: --gamma")
+    assert run.run("some", *found[0]).startswith("b_1: done in")  # its checkpoint was complete
+    again = plot.read(path)
+    assert all(np.array_equal(again[name], rows[name]) for name in rows)
+    assert run.run("some", "bad", 1, ["maml_trpo.py", "--gamma", "2"]).startswith(
+        "bad_1: not finished (error: --gamma"
+    )
     assert not path.with_name("bad_1.csv").exists()
 
 
@@ -65,7 +74,9 @@ def test_a_run_that_was_stopped_goes_on(place, monkeypatch):
     assert run.run("some", "a", 1, command).startswith("a_1: not finished (stopped")
     assert run.run("some", "a", 1, command).startswith("a_1: done in")
     assert "--resume" in attempts[1] and "--seed" not in attempts[1]
-    assert plot.read(place / "benchmarks" / "results" / "some" / "a_1.csv")["global_step"][-1] == 800
+    assert (
+        plot.read(place / "benchmarks" / "results" / "some" / "a_1.csv")["global_step"][-1] == 800
+    )
 
 
 def test_statistics(tmp_path, capsys):
@@ -97,40 +108,48 @@ def test_figures(tmp_path):
     assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in "abc")
 
 
-def test_scores_per_task(tmp_path, monkeypatch, capsys):
+def test_scores_per_task(train, monkeypatch, capsys):
     """Each different held-out task once; the tasks' means make up the mean of the meta-test."""
-    monkeypatch.chdir(tmp_path)
-    import maml_trpo
-
-    tiny = TINY | {"env_id": "HalfCheetahDir-v0", "horizon": 5, "hidden_size": 8, "num_test_tasks": 4}
-    metrics = maml_trpo.main(maml_trpo.parse(maml_trpo.Args, to_argv(tiny)))
-    per_task.main("maml_trpo", str(next(tmp_path.glob("runs/*"))), [])
-    monkeypatch.undo()
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("task ")]
+    flags = {"env_id": "HalfCheetahDir-v0", "horizon": 5, "num_test_tasks": 4}
+    folder, metrics = train(maml_trpo, **flags)
+    train(maml_trpo, evaluate=folder)
+    capsys.readouterr()
+    plot.tasks(str(folder / "evaluation.npz"))
+    rows = capsys.readouterr().out.splitlines()
     assert [row.split(":")[0] for row in rows] == ["task [-1.], 2 times", "task [1.], 2 times"]
-    means = np.array([[float(cell.split(" ±")[0]) for cell in row.split(":  ")[1].split(" -> ")] for row in rows])
-    returns = [value for tag, value in sorted(metrics.items()) if tag.startswith("eval/return_after")]
+    cells = [row.split(":  ")[1].split(" -> ") for row in rows]
+    means = np.array([[float(cell.split(" ±")[0]) for cell in row] for row in cells])
+    returns = [x for tag, x in sorted(metrics.items()) if tag.startswith("eval/return_after")]
     assert np.allclose(means.mean(0), returns, atol=0.1)
 
 
-@pytest.mark.parametrize("name", ["maml_trpo", "gmps"])
-def test_both_scores(train, monkeypatch, name):
-    """The mean action's scores are those of --deterministic-eval, the sampled ones those without it."""
-    script = importlib.import_module(name)
-    (_, mean), (_, sampled) = (train(script, deterministic_eval=mode) for mode in (True, False))
-    monkeypatch.setattr(script, "evaluate", both_scores.both(script.evaluate))
-    _, both = train(script)
-    tags = [tag for tag in mean if tag.startswith("eval/")]
-    assert tags and mean != sampled
+def test_both_scores(train):
+    """The mean action's scores are those of --deterministic-eval, the sampled ones those without."""
+    _, both = train(maml_trpo, deterministic_eval=True)
+    _, sampled = train(maml_trpo, deterministic_eval=False)
+    tags = [tag for tag in sampled if tag.startswith("eval/")]
+    assert tags
     for tag in tags:
-        assert (both[tag], both[tag.replace("eval/", "eval/sampled_")]) == (mean[tag], sampled[tag])
+        assert both[tag.replace("eval/", "eval/sampled_")] == sampled[tag] != both[tag]
+
+
+def test_figures_of_an_evaluation(train, tmp_path):
+    pytest.importorskip("matplotlib").use("Agg")
+    for name, figure in (("maesn", plot.episodes_in_the_plane), ("mmaml", plot.embedding)):
+        script = importlib.import_module(name)
+        folder, _ = train(script)
+        train(script, evaluate=folder)
+        figure(str(tmp_path / f"{name}.png"), str(folder / "evaluation.npz"))
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
 def test_posterior_means_of_the_tabular_mdp():
     states, actions = torch.tensor([[0, 3, 0, 0]]), torch.tensor([[1, 1, 1, 2]])
     means = rl2_memory.posterior_means(states, actions, torch.tensor([[4.0, -2.0, 1.0, 5.0]]))
     expected = torch.ones(1, 4, 5)  # the prior's mean
-    expected[0, 2:, 1] = torch.tensor([(1 + 4) / 2, (1 + 4 + 1) / 3])  # what was paid in state 0 for action 1
+    expected[0, 2:, 1] = torch.tensor(
+        [(1 + 4) / 2, (1 + 4 + 1) / 3]
+    )  # what was paid in state 0 for action 1
     torch.testing.assert_close(means, expected)
 
 
@@ -151,5 +170,7 @@ def test_contexts_of_pearl(train, capsys):
         agent[name] *= 300
     assert different(agent) == 3
     first = "actor.weights.0"
-    blind = torch.cat([agent[first][:, :2], 0 * agent[first][:, 2:]], 1)  # obs are two numbers, then comes z
+    blind = torch.cat(
+        [agent[first][:, :2], 0 * agent[first][:, 2:]], 1
+    )  # obs are two numbers, then comes z
     assert different(agent | {first: blind}) == 1

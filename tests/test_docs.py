@@ -3,9 +3,10 @@
 import ast
 import re
 import shlex
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRIPTS, to_argv
+from conftest import ROOT, to_argv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import maml_trpo
@@ -31,8 +32,13 @@ def code(text, language=r"\w*"):
 def commands(text, script):
     """The arguments of every call of a script in the fenced blocks, where it is python or torchrun that calls it."""
     lines = "\n".join(code(text)).replace("\\\n", " ").splitlines()
-    calls = [re.search(rf"(?:python|torchrun)\b[^;&|#]*?\b{script}\.py\b([^;&|>#]*)", line) for line in lines]
-    calls = [re.sub(r"\$\{?\w+\}?", "1", call[1]) for call in calls if call]  # of a loop in the shell, one turn
+    calls = [
+        re.search(rf"(?:python|torchrun)\b[^;&|#]*?\b{script}\.py\b([^;&|>#]*)", line)
+        for line in lines
+    ]
+    calls = [
+        re.sub(r"\$\{?\w+\}?", "1", call[1]) for call in calls if call
+    ]  # of a loop in the shell, one turn
     # a run that is to go on does not exist here: its other flags are checked all the same
     return [shlex.split(re.sub(r"--(resume|evaluate)[ =]\S+", "", call)) for call in calls]
 
@@ -70,7 +76,9 @@ def test_python_in_the_readme_compiles():
 def test_python_in_the_readme_runs(train, tmp_path):
     """The task to save as a module, and the use of a checkpoint."""
     blocks = code(read(README), "python")
-    (tmp_path / "my_tasks.py").write_text(next(block for block in blocks if "def set_task" in block))
+    (tmp_path / "my_tasks.py").write_text(
+        next(block for block in blocks if "def set_task" in block)
+    )
     train(maml_trpo, env_id="my_tasks:Reach-v0", horizon=0)
     folder, _ = train(maml_trpo, env_id="Navigation2D-v0", hidden_size=64)
     folder.rename("runs/NAME")
@@ -87,15 +95,36 @@ def test_links_lead_somewhere(page):
     assert not [path for path in paths if not (page.parent / path).exists()]
 
 
-def test_every_flag_has_a_docstring():
-    for name in SCRIPTS:
-        tree = ast.parse((ROOT / f"{name}.py").read_text())
-        (args,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
-        fields = [i for i, node in enumerate(args.body) if isinstance(node, ast.AnnAssign)]
-        assert len(fields) > 20 and len(args.body) == 2 * len(fields), f"{name}: a field without a docstring, or two"
-        for i in fields:
-            below = args.body[i + 1]
-            assert isinstance(below, ast.Expr) and isinstance(below.value.value, str), ast.unparse(args.body[i])
+def test_every_flag_has_its_help_beside_it(script):
+    """One line a flag, which --help prints."""
+    source = Path(script.__file__).read_text().splitlines()
+    (args,) = (
+        node
+        for node in ast.parse("\n".join(source)).body
+        if isinstance(node, ast.ClassDef) and node.name == "Args"
+    )
+    fields = [node for node in args.body if isinstance(node, ast.AnnAssign)]
+    fields = [node for node in fields if node.target.id not in ("may_be_zero", "at_most_one")]
+    assert len(fields) > 20
+    for node in fields:
+        assert node.lineno == node.end_lineno
+        assert re.search(r"  # \S.{3,}$", source[node.lineno - 1]), source[node.lineno - 1]
+    names = {node.target.id for node in fields}
+    assert script.Args.may_be_zero | script.Args.at_most_one <= names
+
+
+def test_requirements_of_a_script(script):
+    """Those at its top, for uv run, are those of requirements.txt but for MuJoCo."""
+    block = re.search(
+        r"^# /// script\n(.*?)^# ///$", Path(script.__file__).read_text(), re.M | re.S
+    )
+    text = re.sub(r"^# ?", "", block[1], flags=re.MULTILINE)
+    (needed,) = re.findall(r"dependencies = (\[.*?\])", text, re.DOTALL)
+    needed = set(ast.literal_eval(needed))
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    lines = {line.split("#")[0].strip() for line in lines} - {""}
+    torch = {line for line in lines if line.startswith("torch")}
+    assert needed == {"torch"} | {x for x in lines - torch if not x.startswith("mujoco")}
 
 
 # -------------------------------------------------------------------------------------------- the helpers can be wrong
@@ -118,7 +147,12 @@ python other.py --seed 4
    python maml_trpo.py --exp-name "a b"
    ```
 """
-    expected = [["--env-id", "PointRobot-v0", "--seed", "2"], ["--seed", "1"], ["--total-timesteps", "3"], []]
+    expected = [
+        ["--env-id", "PointRobot-v0", "--seed", "2"],
+        ["--seed", "1"],
+        ["--total-timesteps", "3"],
+        [],
+    ]
     assert commands(text, "maml_trpo") == [*expected, to_argv({"exp_name": "a b"})]
     assert code("```python\nx = 1\n```\n```bash\nls\n```\n", "python") == ["x = 1\n"]
 
@@ -126,4 +160,8 @@ python other.py --seed 4
 def test_tags_are_found():
     text = "`losses/kl`, `eval/return_after_{n}_episodes` and `charts/SPS_2`"
     assert mentions(text, "losses/kl") and mentions(text, "eval/return_after_20_episodes")
-    assert not mentions(text, "charts/SPS") and not mentions(text, "losses/k") and not mentions(text, "eval/return")
+    assert (
+        not mentions(text, "charts/SPS")
+        and not mentions(text, "losses/k")
+        and not mentions(text, "eval/return")
+    )
