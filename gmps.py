@@ -1,8 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#   "torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=0.9", "tensorboard>=2.16", "tqdm>=4.66",
-# ]
+# dependencies = ["torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=0.9",
+#                 "tensorboard>=2.16", "tqdm>=4.66"]
 # ///
 """GMPS: Guided Meta-Policy Search.
 Mendonca, Gupta, Kralev, Abbeel, Levine and Finn, NeurIPS 2019, arXiv 1904.00956.
@@ -337,7 +336,7 @@ def imitation_round(meta, optimizer, data, policy, run, args) -> dict[str, float
 
 
 def evaluate(meta, tasks, policy, args) -> tuple[dict, dict]:
-    """(7) Meta-test on tasks (M, K): the scores before and after each of num_eval_steps adaptations.
+    """(7) Meta-test on tasks (M, K): scores before and after each of num_eval_steps adaptations.
 
     Returns {"return": (num_eval_steps + 1, M), ...}, means over a task's episodes, and the first
     tasks' episodes. Draws depend on the seed alone: every call meets the same episodes. Only
@@ -1231,7 +1230,7 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor, dim=None, keepdim=False) ->
 
 
 def discounted_sum(x: torch.Tensor, discount: float) -> torch.Tensor:
-    """y_t = Σ_{s ≥ t} discount^(s-t) x_s along the last axis: a product with a triangular matrix."""
+    """y_t = Σ_{s ≥ t} discount^(s-t) x_s along the last axis, by a triangular matrix."""
     steps = torch.arange(x.shape[-1], device=x.device)
     ahead = steps[:, None] - steps  # (s, t)
     return x @ torch.where(ahead >= 0, discount ** ahead.clamp(min=0).to(x.dtype), 0)
