@@ -302,7 +302,7 @@ def adapted_policies(vector, like, rows, batches, policy) -> torch.Tensor:
 
 
 def latent_kl(vector, like, rows, weight=1.0) -> torch.Tensor:
-    """weight KL(N(μ_i, σ_i²) || N(0, I)) before adaptation, summed over Z, mean over tasks (rows)."""
+    """weight KL(N(μ_i, σ_i²) || N(0, I)) before adaptation, summed over Z, mean over rows."""
     meta = unflatten(vector, like)
     mu = meta["mu"][rows]
     log_sigma = meta["log_sigma"][rows]
@@ -350,9 +350,7 @@ def main(args: Args) -> dict[str, float]:
     """Train, resume or only evaluate; returns the last value of every eval/* and charts/* tag."""
     args, device, checkpoint = setup(args)
     if not args.num_train_tasks:
-        fail(
-            "--num-train-tasks 0: each training task has its own latent: there must be a set of them"
-        )
+        fail("--num-train-tasks 0: each training task has its own latent, there must be a set")
     if args.latent_dim == 1 and args.normalise_latent:  # z / |z| is ±1 and has no gradient
         fail(
             "--latent-dim 1: its direction is a sign: give --latent-dim 2 or --no-normalise-latent"
