@@ -1,8 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#   "torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=0.9", "tensorboard>=2.16", "tqdm>=4.66",
-# ]
+# dependencies = ["torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=0.9",
+#                 "tensorboard>=2.16", "tqdm>=4.66"]
 # ///
 """MMAML: Multimodal Model-Agnostic Meta-Learning via Task-Aware Modulation.
 Vuorio, Sun, Hu and Lim, NeurIPS 2019, arXiv 1910.13616, its reinforcement learning part, on top of
@@ -841,9 +840,12 @@ def parse(args_class, argv: list[str] | None = None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without ± or Greek letters
-    args = tyro.cli(args_class, args=argv)
     words = sys.argv[1:] if argv is None else argv
     given = {word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")}
+    for flag, instead in getattr(args_class, "gone", {}).items():
+        if flag in given:
+            fail(f"{flag} is gone: {instead}")
+    args = tyro.cli(args_class, args=argv)
     for flag in ("--resume", "--evaluate"):
         if flag in given and not getattr(args, flag[2:]):
             fail(f"{flag}: the name of the folder is empty")
@@ -880,7 +882,7 @@ def setup(args) -> tuple:
         zero = name in args.may_be_zero
         if type(value) in (int, float) and not (0 < value < math.inf or (zero and value == 0)):
             fail(f"{flag}: must be {'0 or more' if zero else 'above 0'}")
-        if name in args.at_most_one and value > 1:
+        if name in args.at_most_one and (value or 0) > 1:
             fail(f"{flag}: must be at most 1")
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
@@ -1081,8 +1083,8 @@ class Run:
     def save(self, own: dict | None = None, **state):
         """Replace the checkpoint, which is at no moment half written.
 
-        state is the same on all ranks; own is what each keeps for itself, its replay. Rank 0 has its
-        own in checkpoint.pt, which is renamed last; the others write a file of this iteration.
+        state is the same on all ranks; own is what each keeps for itself, its replay. That of rank
+        0 is in checkpoint.pt, which is renamed last; the others write a file of this iteration.
         """
         if own and self.rank > 0:
             self._write({"own": own}, f"rank{self.rank}.{self.iteration}.pt")
@@ -1227,7 +1229,7 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor, dim=None, keepdim=False) ->
 
 
 def discounted_sum(x: torch.Tensor, discount: float) -> torch.Tensor:
-    """y_t = Σ_{s ≥ t} discount^(s-t) x_s along the last axis: a product with a triangular matrix."""
+    """y_t = Σ_{s ≥ t} discount^(s-t) x_s along the last axis, by a triangular matrix."""
     steps = torch.arange(x.shape[-1], device=x.device)
     ahead = steps[:, None] - steps  # (s, t)
     return x @ torch.where(ahead >= 0, discount ** ahead.clamp(min=0).to(x.dtype), 0)
