@@ -1,9 +1,12 @@
-"""gmps.py: its mathematics against closed forms, plain loops and finite differences, its experts and bookkeeping."""
+"""gmps.py: its mathematics against closed forms, plain loops and finite differences, its experts and
+bookkeeping.
+"""
 
 import copy
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load
+from torch.distributions import Normal
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
@@ -21,10 +25,12 @@ CPU = torch.device("cpu")
 
 
 class Sign(gym.Env):
-    """A task is +1 or -1, a step's reward the task times the action. Episodes have three to five steps."""
+    """A task is +1 or -1, a step's reward the task times the action. Episodes have 3 to 5 steps."""
 
-    observation_space, action_space = gym.spaces.Box(-1, 1, (2,), np.float64), gym.spaces.Box(-1, 1, (1,), np.float64)
-    expert, scale = staticmethod(lambda obs, task: task), 1.0
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float64)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float64)
+    expert = staticmethod(lambda obs, task: task)
+    scale = 1.0
 
     def sample_tasks(self, n):
         return np.resize([1.0, -1.0], (n, 1))
@@ -34,12 +40,14 @@ class Sign(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.length, self.steps = self.np_random.integers(3, 6), 0
+        self.length = self.np_random.integers(3, 6)
+        self.steps = 0
         return np.ones(2), {}
 
     def step(self, action):
         self.steps += 1
-        return np.ones(2), float(self.scale * self.task * action[0]), self.steps == self.length, False, {}
+        reward = float(self.scale * self.task * action[0])
+        return np.ones(2), reward, self.steps == self.length, False, {}
 
     def expert_action(self, obs, task):
         assert obs.shape == (2,) and (obs == 1).all() and task.shape == (1,)  # never a padded row
@@ -70,236 +78,307 @@ def ragged_mask(n, e, t):
 
 
 def make_problem(adapted=None, clip=0.0, n=3, e=3, t=4, moved=0.3):
-    """A small policy, its meta-parameters moved away from those that collected a batch, and labelled states."""
-    policy = module.Policy(2, 2, 6, 3, 0.8)
-    old = {name: p.detach() + 0.3 * torch.randn_like(p) for name, p in policy.named_parameters()}
-    theta = {name: p + moved * torch.randn_like(p) for name, p in old.items()}
-    lr = {name: 0.5 + 0.2 * torch.rand_like(p) for name, p in theta.items() if adapted is None or name in adapted}
+    """A small policy, its meta-parameters moved away from those that collected a batch, and
+    labelled states.
+    """
+    p = SimpleNamespace(n=n, clip=clip)
+    p.args = module.Args(hidden_size=6, bias_size=3, init_std=0.8, importance_clip=clip)
+    p.policy = module.Policy(2, 2, p.args)
+    old = {name: x + 0.3 * torch.randn_like(x) for name, x in p.policy.named_parameters()}
+    old = {name: x.detach() for name, x in old.items()}
+    p.theta = {name: x + moved * torch.randn_like(x) for name, x in old.items()}
+    p.step_sizes = {name: 0.5 + 0.2 * torch.rand_like(x) for name, x in p.theta.items()}
+    if adapted is not None:
+        p.step_sizes = {name: p.step_sizes[name] for name in adapted}
     mask = ragged_mask(n, e, t)
     obs = torch.randn(n, e, t, 2) * mask[..., None]
-    mean, log_std = functional_call(policy, old, (obs,)).chunk(2, -1)
+    with torch.no_grad():
+        mean, log_std = functional_call(p.policy, old, (obs,)).chunk(2, -1)
     actions = (mean + log_std.exp() * torch.randn_like(mean)) * mask[..., None]
-    normal = torch.distributions.Normal(mean, log_std.exp())
-    batch = {"obs": obs, "actions": actions, "mask": mask, "advantages": torch.randn(n, e, t) * mask}
-    batch["logprobs"] = normal.log_prob(actions).sum(-1)
-    batch = {name: x.detach() for name, x in batch.items()}
-    labels = torch.rand(n, 5, 2) * 2 - 1
-    settings = {"policy": policy, "importance_clip": clip}
-    return SimpleNamespace(**locals(), expert_obs=torch.randn(n, 5, 2))
+    p.batch = {"obs": obs, "actions": actions, "mask": mask}
+    p.batch["advantages"] = torch.randn(n, e, t) * mask
+    p.batch["logprobs"] = Normal(mean, log_std.exp()).log_prob(actions).sum(-1)
+    p.labels = torch.rand(n, 5, 2) * 2 - 1
+    p.expert_obs = torch.randn(n, 5, 2)
+    return p
+
+
+def adapt(p, batch):
+    """inner_step of one task from θ."""
+    return module.inner_step(p.theta, batch, p.step_sizes, p.policy, p.args)
+
+
+def imitation_loss(p, **changes):
+    """That of gmps.py, with some parts of the problem replaced."""
+    q = SimpleNamespace(**(vars(p) | changes))
+    demonstrated = (q.expert_obs, q.labels)
+    return module.imitation_loss(q.theta, q.step_sizes, q.batch, demonstrated, q.policy, q.args)
 
 
 def plain_log_density(policy, params, batch):
     mean, log_std = functional_call(policy, params, (batch["obs"],)).chunk(2, -1)
-    return torch.distributions.Normal(mean, log_std.exp()).log_prob(batch["actions"]).sum(-1)
+    return Normal(mean, log_std.exp()).log_prob(batch["actions"]).sum(-1)
 
 
-def plain_weights(p, theta, i):
+def plain_weights(p, theta, i, clip):
     """π / π_old of every step of task i, clipped."""
-    ratio = (plain_log_density(p.policy, theta, of_task(p.batch, i)) - p.batch["logprobs"][i]).exp()
-    return ratio.clamp(1 / p.clip, p.clip) if p.clip else ratio
+    logprobs = plain_log_density(p.policy, theta, of_task(p.batch, i))
+    ratio = (logprobs - p.batch["logprobs"][i]).exp()
+    return ratio.clamp(1 / clip, clip) if clip else ratio
 
 
-def plain_adapt(p, theta, lr, i, weights=None):
+def plain_adapt(p, theta, step_sizes, i, weights=None):
     """φ of task i, in a loop over its steps; weights: constants in the place of its own."""
-    theta = {name: x if x.requires_grad else x.detach().requires_grad_() for name, x in theta.items()}
-    weights = plain_weights(p, theta, i).detach() if weights is None else weights
-    logprobs, mask = plain_log_density(p.policy, theta, of_task(p.batch, i)), p.batch["mask"][i]
+    theta = {
+        name: x if x.requires_grad else x.detach().requires_grad_() for name, x in theta.items()
+    }
+    if weights is None:
+        weights = plain_weights(p, theta, i, p.clip).detach()
+    logprobs = plain_log_density(p.policy, theta, of_task(p.batch, i))
+    mask = p.batch["mask"][i]
     total = 0
     for j, k in np.ndindex(*mask.shape):
         if mask[j, k]:
             total = total - weights[j, k] * logprobs[j, k] * p.batch["advantages"][i, j, k]
-    gradient = torch.autograd.grad(total / mask.sum(), [theta[name] for name in lr], create_graph=True)
-    return theta | {name: theta[name] - lr[name] * g for name, g in zip(lr, gradient, strict=True)}
+    varied = [theta[name] for name in step_sizes]
+    gradient = torch.autograd.grad(total / mask.sum(), varied, create_graph=True)
+    pairs = zip(step_sizes.items(), gradient, strict=True)
+    return theta | {name: theta[name] - alpha * g for (name, alpha), g in pairs}
 
 
-def plain_loss(p, theta, lr, weights):
+def plain_loss(p, theta, step_sizes, weights):
     losses = []
     for i in range(p.n):
-        phi = plain_adapt(p, theta, lr, i, weights[i])
+        phi = plain_adapt(p, theta, step_sizes, i, weights[i])
         mean = functional_call(p.policy, phi, (p.expert_obs[i],)).chunk(2, -1)[0]
         losses.append(sum((mean[b] - p.labels[i, b]).square().sum() for b in range(5)) / 10)
     return sum(losses) / p.n
 
 
-def unpack(vector, like):
-    pieces = vector.split([x.numel() for x in like.values()])
-    return {name: piece.view_as(x) for (name, x), piece in zip(like.items(), pieces, strict=True)}
+def vectorised(p):
+    """Meta-parameters as one vector, and how to make θ and α of such a vector."""
+    like = p.theta | {f"lr.{name}": x for name, x in p.step_sizes.items()}
+
+    def parts(vector):
+        pieces = vector.split([x.numel() for x in like.values()])
+        meta = {k: x.view_as(like[k]) for k, x in zip(like, pieces, strict=True)}
+        return module.split(meta)
+
+    return parameters_to_vector(like.values()).detach(), parts
 
 
-# ------------------------------------------------------------------------------------------------------- the inner step
+def central_differences(f, x, size=1e-6):
+    steps = size * torch.eye(len(x))
+    return torch.stack([(f(x + d) - f(x - d)).detach() / (2 * size) for d in steps])
+
+
+def flat(gradients, like):
+    """As one vector, with zeros in place of gradients that there are not."""
+    pairs = zip(gradients, like, strict=True)
+    return torch.cat([(torch.zeros_like(x) if g is None else g).flatten() for g, x in pairs])
+
+
+# --------------------------------------------------------------------------------- the inner step
 
 
 @pytest.mark.parametrize("adapted", [None, ["bias"]])
 @pytest.mark.parametrize("clip", [0, 1.2])
 def test_inner_step(double, clip, adapted):
-    """φ of each task, against a loop over its valid steps; only the adapted parameters move. The largest weight."""
-    p, largest = make_problem(adapted, clip), 0
+    """φ of each task, against a loop over its valid steps; only the adapted parameters move. The
+    largest weight is that before clipping.
+    """
+    p = make_problem(adapted, clip)
+    largest = 0
     for i in range(p.n):
-        phi, weight = module.inner_step(p.theta, p.lr, of_task(p.batch, i), **p.settings)
-        expected = plain_adapt(p, p.theta, p.lr, i)
+        phi, weight = adapt(p, of_task(p.batch, i))
+        expected = plain_adapt(p, p.theta, p.step_sizes, i)
         for name, x in phi.items():
             torch.testing.assert_close(x, expected[name].detach())
-            assert torch.equal(x, p.theta[name]) == (name not in p.lr)
-        unclipped = SimpleNamespace(**{**vars(p), "clip": 0})
-        assert weight.item() == pytest.approx(plain_weights(unclipped, p.theta, i)[p.batch["mask"][i] > 0].max().item())
+            assert torch.equal(x, p.theta[name]) == (name not in p.step_sizes)
+        unclipped = plain_weights(p, p.theta, i, clip=0)[p.batch["mask"][i] > 0]
+        assert weight.item() == pytest.approx(unclipped.max().item())
         largest = max(largest, weight)
     assert largest > 1.2  # some weight is clipped
 
 
 def test_importance_weights(double):
-    """1 for the policy that collected; for another one their mean is 1, and so a weighted mean is an expectation."""
+    """1 for the policy that collected; for another one their mean is 1, and so a weighted mean is
+    an expectation.
+    """
     p = make_problem(moved=0)
-    _, weight = module.inner_step(p.theta, p.lr, of_task(p.batch, 0), **p.settings)
+    batch = of_task(p.batch, 0)
+    _, weight = adapt(p, batch)
     assert weight == pytest.approx(1, abs=1e-12)
-    assert (p.batch["logprobs"][0] - plain_log_density(p.policy, p.theta, of_task(p.batch, 0))).abs().max() < 1e-12
+    assert (batch["logprobs"] - plain_log_density(p.policy, p.theta, batch)).abs().max() < 1e-12
 
     p = make_problem(n=1, e=20_000, t=1, moved=0.1)
     batch = of_task(p.batch, 0)
     ratio = (plain_log_density(p.policy, p.theta, batch) - batch["logprobs"]).exp()
     assert ratio.std() > 0.1 and (ratio.mean() - 1).abs() < 4 * ratio.std() / math.sqrt(20_000)
     # off-policy with weights, the step is the one on-policy; without them (clip 1) it is not
-    mean, log_std = functional_call(p.policy, p.theta, (batch["obs"],)).chunk(2, -1)
+    dist_params = functional_call(p.policy, p.theta, (batch["obs"],)).detach()
+    mean, log_std = dist_params.chunk(2, -1)
     actions = mean + log_std.exp() * torch.randn_like(mean)
-    fresh = batch | {"actions": actions, "logprobs": module.log_density(torch.cat([mean, log_std], -1), actions)}
-    for data in (batch, fresh):
-        data["advantages"] = data["actions"].tanh().sum(-1) + 1
-    on_policy, off_policy, without = (
-        parameters_to_vector(module.inner_step(p.theta, p.lr, data, p.policy, clip)[0].values())
-        for data, clip in ((fresh, 0), (batch, 0), (batch, 1))
-    )
+    logprobs = module.distribution(dist_params).log_prob(actions)
+    fresh = batch | {"actions": actions, "logprobs": logprobs}
+
+    def step(batch, clip):
+        batch = batch | {"advantages": batch["actions"].tanh().sum(-1) + 1}
+        args = replace(p.args, importance_clip=clip)
+        phi, _ = module.inner_step(p.theta, batch, p.step_sizes, p.policy, args)
+        return parameters_to_vector(phi.values())
+
+    on_policy, off_policy, without = step(fresh, 0), step(batch, 0), step(batch, 1)
     assert (off_policy - on_policy).norm() < 0.3 * (without - on_policy).norm()
 
 
-# ---------------------------------------------------------------------------------------------------- the meta-gradient
+# ------------------------------------------------------------------------------ the meta-gradient
 
 
 def meta_gradient(p, detach=False):
-    """Of θ and α, and the loss."""
-    meta = [x.requires_grad_() for x in (*p.theta.values(), *p.lr.values())]
+    """Of θ and α, and the loss; detach: with φ - θ as a constant."""
+    meta = [x.requires_grad_() for x in (*p.theta.values(), *p.step_sizes.values())]
     if detach:
-        phi = [plain_adapt(p, p.theta, p.lr, i) for i in range(p.n)]
-        phi = [{name: x.detach() - p.theta[name].detach() + p.theta[name] for name, x in one.items()} for one in phi]
-        means = torch.stack([functional_call(p.policy, phi[i], (p.expert_obs[i],))[..., :2] for i in range(p.n)])
-        loss = (means - p.labels).square().mean()
+        means = []
+        for i in range(p.n):
+            phi = plain_adapt(p, p.theta, p.step_sizes, i)
+            moves = {name: (x - p.theta[name]).detach() for name, x in phi.items()}
+            phi = {name: x + moves[name] for name, x in p.theta.items()}
+            means.append(functional_call(p.policy, phi, (p.expert_obs[i],))[..., :2])
+        loss = (torch.stack(means) - p.labels).square().mean()
     else:
-        loss, _ = module.imitation_loss(p.theta, p.lr, p.batch, p.expert_obs, p.labels, **p.settings)
-    gradient = torch.autograd.grad(loss, meta, allow_unused=True)
-    return loss, torch.cat(
-        [(torch.zeros_like(x) if g is None else g).flatten() for g, x in zip(gradient, meta, strict=True)]
-    )
+        loss, _ = imitation_loss(p)
+    return loss, flat(torch.autograd.grad(loss, meta, allow_unused=True), meta)
 
 
 @pytest.mark.parametrize("adapted, clip", [(None, 0), (None, 1.3), (["bias"], 0)])
 def test_meta_gradient(double, adapted, clip):
-    """Against central differences, through the inner step, with its weights held constant; not the first-order one."""
+    """Against central differences, through the inner step, with its weights held constant; it is
+    not the first-order one.
+    """
     p = make_problem(adapted, clip)
-    weights = [plain_weights(p, p.theta, i).detach() for i in range(p.n)]
-    like = p.theta | {f"lr.{name}": x for name, x in p.lr.items()}
+    weights = [plain_weights(p, p.theta, i, clip).detach() for i in range(p.n)]
+    at, parts = vectorised(p)
 
-    def f(vector):
-        meta = unpack(vector, like)
-        return plain_loss(
-            p, {name: meta[name] for name in p.theta}, {name: meta[f"lr.{name}"] for name in p.lr}, weights
-        )
+    def constant_weights(vector):
+        theta, step_sizes = parts(vector)
+        return plain_loss(p, theta, step_sizes, weights)
 
-    at = parameters_to_vector(like.values()).detach()
-    expected = torch.stack([(f(at + d) - f(at - d)).detach() / 2e-6 for d in 1e-6 * torch.eye(len(at))])
+    expected = central_differences(constant_weights, at)
     loss, gradient = meta_gradient(p)
-    assert loss.item() == pytest.approx(f(at).item(), rel=1e-12)
+    assert loss.item() == pytest.approx(constant_weights(at).item(), rel=1e-12)
     assert (gradient - expected).norm() < 1e-7 * expected.norm()
-    first_order = meta_gradient(p, detach=True)[1]
     if adapted is None:
+        _, first_order = meta_gradient(p, detach=True)
         assert (gradient - first_order).norm() > 0.1 * gradient.norm()
+
         # were the weights no constants, the gradient would be another
-        moving = lambda v: plain_loss(p, *parts(v), [plain_weights(p, parts(v)[0], i) for i in range(p.n)])  # noqa: E731
+        def moving_weights(vector):
+            theta, step_sizes = parts(vector)
+            moving = [plain_weights(p, theta, i, clip) for i in range(p.n)]
+            return plain_loss(p, theta, step_sizes, moving)
 
-        def parts(vector):
-            meta = unpack(vector, like)
-            return {name: meta[name] for name in p.theta}, {name: meta[f"lr.{name}"] for name in p.lr}
-
-        other = torch.stack([(moving(at + d) - moving(at - d)).detach() / 2e-6 for d in 1e-6 * torch.eye(len(at))])
+        other = central_differences(moving_weights, at)
         assert (gradient - other).norm() > 0.05 * gradient.norm()
 
 
 def test_without_adaptation_it_is_behaviour_cloning(double):
-    """Loss and gradient are those of one network on all tasks' data; the batch of episodes is without influence."""
+    """Loss and gradient are those of one network on all tasks' data; the batch of episodes is
+    without influence.
+    """
     p = make_problem(adapted=[])
     loss, gradient = meta_gradient(p)
     means = functional_call(p.policy, p.theta, (p.expert_obs,))[..., :2]
     cloning = (means - p.labels).square().mean()
-    expected = torch.autograd.grad(cloning, [*p.theta.values()], allow_unused=True)
-    expected = torch.cat(
-        [(torch.zeros_like(x) if g is None else g).flatten() for g, x in zip(expected, p.theta.values(), strict=True)]
-    )
+    theta = [*p.theta.values()]
+    expected = flat(torch.autograd.grad(cloning, theta, allow_unused=True), theta)
     torch.testing.assert_close(loss, cloning)
     torch.testing.assert_close(gradient, expected)
     zero = make_problem()
-    zero.lr = {name: torch.zeros_like(x) for name, x in zero.lr.items()}
-    adapted, _ = module.imitation_loss(zero.theta, zero.lr, zero.batch, zero.expert_obs, zero.labels, **zero.settings)
-    plain, _ = module.imitation_loss(zero.theta, {}, zero.batch, zero.expert_obs, zero.labels, **zero.settings)
+    zero.step_sizes = {name: torch.zeros_like(x) for name, x in zero.step_sizes.items()}
+    adapted, _ = imitation_loss(zero)
+    plain, _ = imitation_loss(zero, step_sizes={})
     assert torch.equal(adapted, plain)
 
 
 def test_tasks_are_apart(double):
-    """Another task's episodes and labels change nothing; swapped labels or episodes do. Chunks make no difference."""
+    """Another task's episodes and labels change nothing; swapped labels or episodes do. Chunks make
+    no difference.
+    """
     p = make_problem()
-    arguments = p.theta, p.lr, p.batch, p.expert_obs, p.labels
-    whole, weights = module.imitation_loss(*arguments, **p.settings)
-    alone = [module.imitation_loss(p.theta, p.lr, *({name: x[[i]] for name, x in p.batch.items()}, p.expert_obs[[i]],
-                                                    p.labels[[i]]), **p.settings) for i in range(3)]  # fmt: skip
-    torch.testing.assert_close(whole, sum(loss for loss, _ in alone) / 3)
-    torch.testing.assert_close(weights, torch.cat([weight for _, weight in alone]))
-    swapped, _ = module.imitation_loss(*arguments[:4], p.labels.roll(1, 0), **p.settings)
-    other, _ = module.imitation_loss(
-        *arguments[:2], {k: x.roll(1, 0) for k, x in p.batch.items()}, *arguments[3:], **p.settings
-    )
+    whole, weights = imitation_loss(p)
+    losses, alone = [], []
+    for i in range(3):
+        batch = {name: x[[i]] for name, x in p.batch.items()}
+        loss, weight = imitation_loss(
+            p, batch=batch, expert_obs=p.expert_obs[[i]], labels=p.labels[[i]]
+        )
+        losses.append(loss)
+        alone.append(weight)
+    torch.testing.assert_close(whole, sum(losses) / 3)
+    torch.testing.assert_close(weights, torch.cat(alone))
+    swapped, _ = imitation_loss(p, labels=p.labels.roll(1, 0))
+    other, _ = imitation_loss(p, batch={name: x.roll(1, 0) for name, x in p.batch.items()})
     assert abs(swapped - whole) > 1e-3 and abs(other - whole) > 1e-6
     long = make_problem(e=3, t=1500)  # 4500 steps a task: one at a time
+    assert module.tasks_at_once(long.batch["obs"]) == 1
     for i in range(3):
-        phi, _ = module.inner_step(long.theta, long.lr, of_task(long.batch, i), **long.settings)
+        phi, _ = adapt(long, of_task(long.batch, i))
         mean = functional_call(long.policy, phi, (long.expert_obs[i],))[..., :2]
         long.labels[i] = mean.detach()
-    assert (
-        module.imitation_loss(long.theta, long.lr, long.batch, long.expert_obs, long.labels, **long.settings)[0] < 1e-20
-    )
+    assert imitation_loss(long)[0] < 1e-20
 
 
 def test_padding_is_without_influence(double):
     p = make_problem()
-    before, weights = module.imitation_loss(p.theta, p.lr, p.batch, p.expert_obs, p.labels, **p.settings)
+    before, weights = imitation_loss(p)
     padded = p.batch["mask"] == 0
     assert padded.any()
-    p.batch["obs"][padded], p.batch["advantages"][padded], p.batch["logprobs"][padded] = 1e3, 1e3, -1e6
-    after, again = module.imitation_loss(p.theta, p.lr, p.batch, p.expert_obs, p.labels, **p.settings)
+    for name, value in {"obs": 1e3, "advantages": 1e3, "logprobs": -1e6}.items():
+        p.batch[name][padded] = value
+    after, again = imitation_loss(p)
     torch.testing.assert_close(before, after)
     torch.testing.assert_close(weights, again)
 
 
-# --------------------------------------------------------------------------------------------------------- the experts
+# ------------------------------------------------------------------------------------ the experts
 
 
-def expert(tasks, **changes):
+def sac_expert(tasks):
     torch.manual_seed(0)
-    args = module.Args(hidden_size=8, expert_reward_scale=5, expert_gamma=0.9, tau=0.1, **changes)
-    return module.Expert(tasks, obs_size=2, action_size=2, capacity=50, args=args)
+    args = module.Args(hidden_size=8, horizon=10, expert_batch_size=6, tau=0.1)
+    args = replace(args, expert_reward_scale=5, expert_gamma=0.9)
+    return module.SacExpert(tasks, 2, 2, args), args
 
 
 def test_a_gradient_step_of_the_expert_in_plain_terms(double):
-    """Twin critics towards the soft target at temperature 1/5, the actor against the new ones, then the targets."""
-    tasks, batch = torch.randn(3, 1), [torch.randn(3, 6, size) for size in (2, 2, 1, 2, 1)]
-    batch[4], noise = (batch[4] > 0).double(), torch.randn(2, 3, 6, 2)
-    agent, copy = expert(tasks), expert(tasks)
+    """Twin critics towards the soft target at temperature 1/5, the actor against the new ones, then
+    the targets.
+    """
+    tasks = torch.randn(3, 1)
+    agent, args = sac_expert(tasks)
+    twin, _ = sac_expert(tasks)
+    transitions = [torch.randn(3, 20, size) for size in (2, 2, 1, 2, 1)]
+    transitions[4] = (transitions[4] > 0).double()
+    agent.replay.add(torch.arange(3), torch.cat(transitions, -1), torch.ones(3, 20))
     with torch.no_grad():
-        for p, q in zip(agent.targets.parameters(), copy.targets.parameters(), strict=True):
+        targets = zip(agent.networks.targets.parameters(), twin.networks.targets.parameters(),
+                      strict=True)  # fmt: skip
+        for p, q in targets:
             q.copy_(p.add_(0.1 * torch.randn_like(p)))  # the targets are behind
-    agent.step(batch, tasks.unsqueeze(1).expand(3, 6, 1), noise)
-    obs, actions, rewards, next_obs, terminated = (x.flatten(0, 1) for x in batch)
+    agent.step(tasks, torch.Generator().manual_seed(0), args)
+
+    generator = torch.Generator().manual_seed(0)
+    rows = agent.replay.sample(torch.arange(3), 6, generator)
+    obs, actions, rewards, next_obs, terminated = rows.flatten(0, 1).split([2, 2, 1, 2, 1], -1)
+    noise = torch.randn(2, 3, 6, 2, generator=generator)
     task = ((tasks - tasks.mean()) / tasks.std(correction=0)).repeat_interleave(6, 0)
+    assert 0 < terminated.sum() < 18
 
     def act(obs, noise):
-        mean, log_std = copy.actor(torch.cat([obs, task], -1)).chunk(2, -1)
+        mean, log_std = twin.networks.actor(torch.cat([obs, task], -1)).chunk(2, -1)
         raw = mean + log_std.exp() * noise.flatten(0, 1)
-        density = torch.distributions.Normal(mean, log_std.exp()).log_prob(raw)
+        density = Normal(mean, log_std.exp()).log_prob(raw)
         return raw.tanh(), (density - (1 - raw.tanh() ** 2).log()).sum(-1)
 
     def values(critics, obs, actions):
@@ -308,43 +387,56 @@ def test_a_gradient_step_of_the_expert_in_plain_terms(double):
 
     with torch.no_grad():
         next_actions, logprobs = act(next_obs, noise[0])
-        value = values(copy.targets, next_obs, next_actions).amin(0) - 0.2 * logprobs
+        value = values(twin.networks.targets, next_obs, next_actions).amin(0) - 0.2 * logprobs
         y = rewards[:, 0] + 0.9 * (1 - terminated[:, 0]) * value
-    old = [p.detach().clone() for p in copy.targets.parameters()]
-    for name, networks in (("critics", copy.critics), ("actor", copy.actor)):
-        if name == "critics":
-            q = values(copy.critics, obs, actions)
-            loss = ((q[0] - y) ** 2).mean() + ((q[1] - y) ** 2).mean()
-        else:
-            own_actions, logprobs = act(obs, noise[1])
-            loss = (0.2 * logprobs - values(copy.critics, obs, own_actions).amin(0)).mean()
-        copy.optimizers[name].zero_grad()
-        for p, g in zip(networks.parameters(), torch.autograd.grad(loss, [*networks.parameters()]), strict=True):
-            p.grad = g
-        copy.optimizers[name].step()
-    for name in ("critics", "actor"):
-        for p, q in zip(getattr(agent, name).parameters(), getattr(copy, name).parameters(), strict=True):
+    old = [p.detach().clone() for p in twin.networks.targets.parameters()]
+    critics, actor = twin.networks.critics, twin.networks.actor
+    q = values(critics, obs, actions)
+    loss = ((q[0] - y) ** 2).mean() + ((q[1] - y) ** 2).mean()
+    descend(twin.optimizers["critics"], critics, loss)
+    own_actions, logprobs = act(obs, noise[1])
+    loss = (0.2 * logprobs - values(critics, obs, own_actions).amin(0)).mean()
+    descend(twin.optimizers["actor"], actor, loss)
+
+    for name, part in (("critics", critics), ("actor", actor)):
+        found = getattr(agent.networks, name)
+        for p, q in zip(found.parameters(), part.parameters(), strict=True):
             torch.testing.assert_close(p, q)
-    for p, before, q in zip(agent.targets.parameters(), old, copy.critics.parameters(), strict=True):
+    triples = zip(agent.networks.targets.parameters(), old, critics.parameters(), strict=True)
+    for p, before, q in triples:
         torch.testing.assert_close(p, 0.9 * before + 0.1 * q)
+
+
+def descend(optimizer, network, loss):
+    """One step along the gradient in the network's parameters."""
+    parameters = [*network.parameters()]
+    for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        p.grad = g
+    optimizer.step()
 
 
 def test_the_expert_sees_the_task():
     """Standardised; a column that is the same in all training tasks is left in its unit."""
     tasks = torch.tensor([[10.0, 5.0], [30.0, 5.0]])
-    agent, obs = expert(tasks), torch.zeros(2, 2)
-    torch.testing.assert_close((tasks - agent.mean) / agent.scale, torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+    agent, _ = sac_expert(tasks)
+    torch.testing.assert_close(agent.units(tasks), torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
     with torch.no_grad():
-        for p in agent.actor.parameters():
+        for p in agent.networks.actor.parameters():
             p.normal_()
-    assert not torch.allclose(*agent.mean_action(obs, tasks))
-    noisy = agent.act(obs, tasks, torch.randn(2, 2))[0]
-    assert (noisy.abs() <= 1).all() and not torch.allclose(noisy, agent.mean_action(obs, tasks))
+        mean = agent.mean_actions(torch.zeros(2, 2), tasks)
+        noisy = agent.act(tasks, torch.zeros(2, 3, 2), torch.randn(2, 3, 2))
+        still = agent.act(tasks, torch.zeros(2, 3, 2), torch.zeros(2, 3, 2))
+    assert not torch.allclose(mean[0], mean[1])
+    assert (noisy.abs() <= 1).all() and not torch.allclose(noisy[:, 0], mean)
+    torch.testing.assert_close(still, mean[:, None].expand(2, 3, 2))
 
 
 def test_the_units_of_observations(double):
-    """The policy reads them less their mean and over their spread, within 10; a constant one keeps its unit."""
-    policy, obs = module.Policy(3, 2, 6, 3, 0.8), torch.randn(50, 3) * 5 + 2
+    """The policy reads them less their mean and over their spread, within 10; a constant one keeps
+    its unit.
+    """
+    policy = module.Policy(3, 2, module.Args(hidden_size=6, bias_size=3))
+    obs = torch.randn(50, 3) * 5 + 2
     obs[:, 2] = 4
     plain = copy.deepcopy(policy)  # its units are 1
     policy.measure(obs)
@@ -354,72 +446,112 @@ def test_the_units_of_observations(double):
     torch.testing.assert_close(policy(far), plain(torch.full((1, 3), 10.0)))
 
 
-def test_scripted_experts():
-    """Straight to the goal on the point families; a user's expert_action is called for valid states only."""
-    for env_id in ("PointRobot-v0", "SparsePointRobot-v0", "Navigation2D-v0"):
-        envs = module.make_envs(env_id, 50)
-        tasks, act = envs.sample_tasks(50, np.random.default_rng(0)), module.scripted_expert(envs)
-        goal = torch.as_tensor(tasks).float()
-        batch = module.rollout(envs, lambda obs, t: act(obs, goal), tasks, 40, np.random.default_rng(1), CPU)  # noqa: B023
-        last = batch["obs"][torch.arange(50), batch["mask"].sum(1).long() - 1]
-        assert (last - goal).abs().max() < 0.11
-    envs = module.make_envs("ExpertSign-v0", 4)
-    tasks, act = envs.sample_tasks(4, np.random.default_rng(0)), module.scripted_expert(envs)
-    batch = module.episodes(lambda obs, noise: noise, tasks, np.random.default_rng(0), envs, 5, CPU)
+def demonstrations(env_id, n, expert_noise, horizon):
+    """D_i of n tasks of a family with a scripted expert, empty; and the arguments."""
+    args = module.Args(env_id=env_id, expert_noise=expert_noise, horizon=horizon)
+    envs = module.make_envs(env_id)
+    tasks = envs.sample_tasks(n, np.random.default_rng(0))
+    sizes = (envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
+    told = torch.as_tensor(tasks).float()
+    data = module.Demonstrations(tasks, told, module.scripted_expert(envs), sizes, args)
+    return data, args
+
+
+def wander(data, episodes, args):
+    """Episodes of nothing but noise."""
+    key = ("train", 0)
+    return module.rollout(lambda _, obs, noise: noise, None, data.tasks, episodes, key, args)
+
+
+@pytest.mark.parametrize("env_id", ["PointRobot-v0", "SparsePointRobot-v0", "Navigation2D-v0"])
+def test_scripted_experts_of_points(env_id):
+    """Straight to the goal; demonstrations have the noise, times its standard deviation."""
+    data, args = demonstrations(env_id, 50, 0.0, 40)
+    batch = module.rollout(data.noisy_act, data.told, data.tasks, 2, ("train", 1), args)
+    steps = batch["mask"].sum(-1).long() - 1
+    last = batch["obs"].gather(2, steps[..., None, None].expand(50, 2, 1, 2)).squeeze(2)
+    assert (last - data.told[:, None]).abs().max() < 0.11
+    obs, noise = torch.rand(50, 3, 2), torch.randn(50, 3, 2)
+    data.noise = 0.2
+    expected = 10 * (data.told[:, None] - obs) + 0.2 * noise
+    torch.testing.assert_close(data.noisy_act(data.told, obs, noise), expected)
+
+
+def test_a_users_expert_is_called_for_valid_states_only():
+    data, args = demonstrations("ExpertSign-v0", 4, 0.3, 5)
+    batch = wander(data, 1, args)
     assert 0 < batch["mask"].mean() < 1
-    labels = module.label(batch, torch.as_tensor(tasks).float(), act)
-    expected = torch.as_tensor(tasks).float()[:, None, None] * batch["mask"].unsqueeze(-1)
-    torch.testing.assert_close(labels, expected)
-    for env_id in ("user_tasks:Matrix-v0", "HalfCheetahDir-v0", "MultimodalNavigation2-v0"):
-        with pytest.raises(SystemExit, match=r"has no method expert_action\(obs, task\)"):
-            module.scripted_expert(module.make_envs(env_id, 1, 1))
+    data.add(data.ids, batch)
+    count = batch["mask"].sum((1, 2)).long()
+    assert torch.equal(data.replay.count, count)
+    rows = data.replay.rows[data.replay.filled()]
+    torch.testing.assert_close(rows[:, :2], torch.ones(count.sum(), 2))
+    torch.testing.assert_close(rows[:, 2:], data.told.repeat_interleave(count, 0))
+
+
+@pytest.mark.parametrize(
+    "env_id", ["user_tasks:Matrix-v0", "HalfCheetahDir-v0", "MultimodalNavigation2-v0"]
+)
+def test_families_without_an_expert(env_id):
+    with pytest.raises(SystemExit, match=r"has no method expert_action\(obs, task\)"):
+        module.scripted_expert(module.make_envs(env_id, 1))
 
 
 @pytest.mark.parametrize("answer", [[1.0, 2.0], [np.nan], [], None])
 def test_a_scripted_expert_with_a_fault(monkeypatch, answer):
     monkeypatch.setattr(Sign, "expert", staticmethod(lambda obs, task: np.array(answer)))
+    act = module.scripted_expert(module.make_envs("ExpertSign-v0", 1))
     with pytest.raises(SystemExit, match="must return 1 finite numbers"):
-        module.scripted_expert(module.make_envs("ExpertSign-v0", 1))(torch.ones(3, 2), torch.ones(3, 1))
+        act(torch.ones(3, 2), torch.ones(3, 1))
 
 
 def test_labels_are_clipped_and_of_each_tasks_own_expert():
-    envs = module.make_envs("SparsePointRobot-v0", 6)
-    tasks = envs.sample_tasks(3, np.random.default_rng(0))
-    batch = module.episodes(lambda obs, noise: noise, tasks, np.random.default_rng(0), envs, 20, CPU)
-    labels = module.label(batch, torch.as_tensor(tasks).float(), module.scripted_expert(envs))
-    goal = torch.as_tensor(tasks).float()[:, None, None]
-    torch.testing.assert_close(labels, (10 * (goal - batch["obs"])).clamp(-1, 1))
+    data, args = demonstrations("SparsePointRobot-v0", 3, 0.3, 20)
+    batch = wander(data, 2, args)
+    data.add(data.ids, batch)
+    rows = data.replay.rows[data.replay.filled()].view(3, 2, 20, 4)
+    labels = (10 * (data.told[:, None, None] - batch["obs"])).clamp(-1, 1)
+    torch.testing.assert_close(rows, torch.cat([batch["obs"], labels], -1))
     assert (labels.abs() == 1).any() and (labels.abs() < 1).any()
+    obs, drawn = data.sample(torch.tensor([2, 0]), 30, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(drawn, (10 * (data.told[[2, 0]][:, None] - obs)).clamp(-1, 1))
 
 
-# ---------------------------------------------------------------------------------------------demonstrations in a file
+# ----------------------------------------------------------------------- demonstrations in a file
 
 
-ARRAYS = "observations", "actions", "tasks"  # of two columns each
+ARRAYS = ("observations", "actions", "tasks")  # of two columns each
 
 
 def demos_file(path, **changes):
     rng = np.random.default_rng(0)
     index = np.array([2, 0, 1, 3, 0, 0, 1])
-    arrays = {"observations": rng.normal(size=(7, 2)), "actions": rng.uniform(-1, 1, (7, 2)), "task_index": index}
-    arrays |= {"tasks": rng.uniform(-1, 1, (4, 2)), **changes}
+    arrays = {"observations": rng.normal(size=(7, 2)), "actions": rng.uniform(-1, 1, (7, 2))}
+    arrays |= {"task_index": index, "tasks": rng.uniform(-1, 1, (4, 2)), **changes}
     np.savez(path, **{name: x for name, x in arrays.items() if x is not None})
     return arrays
 
 
 def test_demonstrations_from_a_file(train, tmp_path):
-    """Rows go to their tasks, whose number and values are those of the file; a resumed run does without the file."""
+    """Rows go to their tasks, whose number and values are those of the file; a resumed run does
+    without the file.
+    """
     arrays = demos_file(tmp_path / "demos.npz")
-    tasks, rows, mask = module.load_demos(tmp_path / "demos.npz", 2, 2, (2,))
+    args = module.Args(demos=str(tmp_path / "demos.npz"), num_train_tasks=4)
+    tasks, rows, mask = module.load_demos(2, 2, (2,), args)
     assert mask.sum(1).tolist() == [3, 2, 1, 1] and np.array_equal(tasks, arrays["tasks"])
     for i in range(4):
         mine = arrays["task_index"] == i
         expected = np.hstack([arrays["observations"][mine], arrays["actions"][mine]])
         np.testing.assert_array_equal(rows[i][mask[i]], expected)
-    folder, metrics = train(module, expert="demos", demos="demos.npz", total_timesteps=160)
+    flags = {"expert": "demos", "demos": "demos.npz", "dataset_size": 3, "total_timesteps": 160}
+    folder, metrics = train(module, **flags)
     state = load(folder)
-    assert state["global_step"] == 160 and state["iteration"] == 2  # of 80 each: nobody to ask, so no DAgger
-    assert state["data"]["count"].tolist() == [3, 2, 1, 1] and "sac" not in state
+    # of 80 each: nobody to ask, so no DAgger
+    assert state["global_step"] == 160 and state["iteration"] == 2
+    assert state["own"]["data"]["count"].tolist() == [3, 2, 1, 1]
+    np.testing.assert_array_equal(state["own"]["data"]["rows"], rows[mask].astype(np.float32))
+    assert "sac" not in state and "sac" not in state["own"]
     np.testing.assert_array_equal(state["tasks"], arrays["tasks"])
     units = np.stack([state["units"]["obs_mean"], state["units"]["obs_std"]])
     obs = arrays["observations"]
@@ -430,38 +562,61 @@ def test_demonstrations_from_a_file(train, tmp_path):
     assert load(folder)["global_step"] == 240
 
 
-@pytest.mark.parametrize(
-    "changes, part",
-    [
-        ({"actions": None}, "no .npz file with the arrays observations, actions, task_index, tasks"),
-        ({"observations": np.zeros((7, 3))}, "observations is float64 (7, 3), not numbers of shape (7, 2)"),
-        ({"actions": np.zeros((7, 1))}, "actions is"),
-        ({"actions": np.zeros((6, 2))}, "actions is"),
-        ({"actions": np.full((7, 2), 1.1)}, "actions reach 1.1"),
-        ({"actions": np.full((7, 2), -1.1)}, "actions reach 1.1"),
-        ({"observations": np.array([[0, 0]] * 6 + [[0, np.nan]])}, "observations is not finite in row 6"),
-        ({"actions": np.full((7, 2), np.inf)}, "actions is not finite in row 0"),
-        ({"observations": np.array([["a", "b"]] * 7)}, "observations is <U1"),
-        ({"task_index": np.zeros((7, 1), int)}, "task_index is"),
-        ({"task_index": np.array([0, 1, 2, 4, 0, 0, 0])}, "task_index must name"),
-        ({"task_index": np.array([0, 1, 2, 2, 0, 0, 0])}, "task_index must name"),
-        ({"task_index": np.array([0, 1, 2, 3, -1, 0, 0])}, "task_index must name"),
-        ({"task_index": np.array([0, 1, 2, 3, 0.5, 0, 0])}, "task_index must name"),
-        ({"tasks": np.zeros((4, 3))}, "tasks is"),
-        ({"tasks": np.zeros((3, 2)), "task_index": np.arange(7) % 3}, "--num-train-tasks 4: demos.npz has demonst"),
-        ({name: np.zeros((0, 2)) for name in ("observations", "actions")} | {"task_index": np.zeros(0)}, "must name"),
-        ({"observations": np.zeros(()), "tasks": np.zeros(())}, "is float64 ()"),
-        (
-            {name: np.zeros((0, 2)) for name in ARRAYS} | {"task_index": np.zeros(0)},
-            "--num-train-tasks 4: demos.npz has demonstrations of 0 tasks",
-        ),
-    ],
-)
+NONE = {"task_index": np.zeros(0)}  # no steps
+BAD_ARRAYS = [
+    ({"actions": None}, "no .npz file with the arrays observations, actions, task_index, tasks"),
+    (
+        {"observations": np.zeros((7, 3))},
+        "observations is float64 (7, 3), not numbers of shape (7, 2)",
+    ),
+    ({"actions": np.zeros((7, 1))}, "actions is"),
+    ({"actions": np.zeros((6, 2))}, "actions is"),
+    ({"actions": np.full((7, 2), 1.1)}, "actions reach 1.1"),
+    ({"actions": np.full((7, 2), -1.1)}, "actions reach 1.1"),
+    (
+        {"observations": np.array([[0, 0]] * 6 + [[0, np.nan]])},
+        "observations is not finite in row 6",
+    ),
+    ({"actions": np.full((7, 2), np.inf)}, "actions is not finite in row 0"),
+    ({"observations": np.array([["a", "b"]] * 7)}, "observations is <U1"),
+    ({"task_index": np.zeros((7, 1), int)}, "task_index is"),
+    ({"task_index": np.array([0, 1, 2, 4, 0, 0, 0])}, "task_index must name"),
+    ({"task_index": np.array([0, 1, 2, 2, 0, 0, 0])}, "task_index must name"),
+    ({"task_index": np.array([0, 1, 2, 3, -1, 0, 0])}, "task_index must name"),
+    ({"task_index": np.array([0, 1, 2, 3, 0.5, 0, 0])}, "task_index must name"),
+    ({"tasks": np.zeros((4, 3))}, "tasks is"),
+    (
+        {"tasks": np.zeros((3, 2)), "task_index": np.arange(7) % 3},
+        "--num-train-tasks 4: demos.npz has demonstrations of 3 tasks",
+    ),
+    ({name: np.zeros((0, 2)) for name in ("observations", "actions")} | NONE, "must name"),
+    ({"observations": np.zeros(()), "tasks": np.zeros(())}, "is float64 ()"),
+    (
+        {name: np.zeros((0, 2)) for name in ARRAYS} | NONE,
+        "--num-train-tasks 4: demos.npz has demonstrations of 0 tasks",
+    ),
+]
+
+
+def assert_one_line(end, part):
+    message = str(end.value.code)
+    assert message.startswith("error: ") and part in message and "\n" not in message
+
+
+@pytest.mark.parametrize("changes, part", BAD_ARRAYS)
 def test_faults_of_a_file(train, tmp_path, changes, part):
     demos_file(tmp_path / "demos.npz", **changes)
     with pytest.raises(SystemExit) as end:
         train(module, expert="demos", demos="demos.npz")
-    assert str(end.value.code).startswith("error: ") and part in end.value.code and "\n" not in end.value.code
+    assert_one_line(end, part)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_of_more_states_than_are_kept(train, tmp_path):
+    demos_file(tmp_path / "demos.npz")
+    with pytest.raises(SystemExit) as end:
+        train(module, expert="demos", demos="demos.npz", dataset_size=2)
+    assert_one_line(end, "--dataset-size 2: demos.npz has a task of 3 states")
     assert not (tmp_path / "runs").exists()
 
 
@@ -478,114 +633,147 @@ def test_files_that_are_none(train, tmp_path):
     signal.alarm(0)
 
 
-@pytest.mark.parametrize(
-    "flags, part",
-    [
-        ({"num_train_tasks": 3}, "--num-train-tasks 3: less than --meta-batch-size 4"),
-        ({"num_train_tasks": 0}, "--num-train-tasks 0"),
-        ({"env_id": "user_tasks:Discrete-v0"}, "Discrete actions"),
-        ({"importance_clip": 0.5}, "--importance-clip 0.5: must be"),
-        ({"expert": "demos"}, "--expert demos and --demos FILE go together"),
-        ({"demos": "demos.npz"}, "--expert demos and --demos FILE go together"),
-        ({"env_id": "HalfCheetahDir-v0", "expert": "scripted"}, "has no method expert_action"),
-        ({"dataset_size": 19}, "--dataset-size 19: less than the 20 states"),
-        ({"total_timesteps": 239}, "can use them up, give 240 or more"),
-        ({"total_timesteps": 239, "env_id": "user_tasks:Uneven-v0"}, "can use them up, give 240 or more"),
-        ({"total_timesteps": 80, "expert": "scripted"}, "can use them up, give 81 or more"),
-    ],
-)
+UNEVEN = {"env_id": "user_tasks:Uneven-v0"}
+BAD_FLAGS = [
+    ({"num_train_tasks": 3}, "--num-train-tasks 3: less than --meta-batch-size 4"),
+    ({"num_train_tasks": 0}, "--num-train-tasks 0"),
+    ({"env_id": "user_tasks:Discrete-v0"}, "Discrete actions"),
+    ({"importance_clip": 0.5}, "--importance-clip 0.5: must be"),
+    ({"expert": "demos"}, "--expert demos and --demos FILE go together"),
+    ({"demos": "demos.npz"}, "--expert demos and --demos FILE go together"),
+    ({"env_id": "HalfCheetahDir-v0", "expert": "scripted"}, "has no method expert_action"),
+    ({"dataset_size": 19}, "--dataset-size 19: less than the 20 states"),
+    ({"total_timesteps": 239}, "can use them up, give 240 or more"),
+    ({"total_timesteps": 239} | UNEVEN, "can use them up, give 240 or more"),
+    ({"total_timesteps": 80, "expert": "scripted"}, "can use them up, give 81 or more"),
+]
+
+
+@pytest.mark.parametrize("flags, part", BAD_FLAGS)
 def test_bad_input(train, tmp_path, flags, part):
     with pytest.raises(SystemExit) as end:
         train(module, **flags)
-    assert str(end.value.code).startswith("error: ") and part in end.value.code and "\n" not in end.value.code
+    assert_one_line(end, part)
     assert not list(tmp_path.iterdir())
 
 
-# -------------------------------------------------------------------------------------------------- rounds and counters
+# ---------------------------------------------------------------------------- rounds and counters
 
 
 def test_steps_and_data_of_a_run(train, monkeypatch):
-    """Every step is counted once, those of meta-tests never; D_i grows by DAgger's states, those of φ_i, labelled."""
-    collected, collect = [], module.collect
+    """Every step is counted once, those of meta-tests never; D_i grows by DAgger's states, those of
+    φ_i, labelled.
+    """
+    collected = []
+    collect = module.collect
 
-    def recorded(params, tasks, rng, envs, *args, **kwargs):
-        batch = collect(params, tasks, rng, envs, *args, **kwargs)
-        collected.append((params, tasks, batch, envs))
+    def recorded(params, tasks, key, policy, args, **options):
+        batch = collect(params, tasks, key, policy, args, **options)
+        collected.append((params, tasks, batch))
         return batch
 
     monkeypatch.setattr(module, "collect", recorded)
-    flags = {
-        "expert": "scripted",
-        "num_train_tasks": 6,
-        "meta_batch_size": 3,
-        "total_timesteps": 400,
-        "eval_every": 100,
-    }
-    folder, metrics = train(module, **flags)
+    flags = {"expert": "scripted", "num_train_tasks": 6, "meta_batch_size": 3}
+    folder, metrics = train(module, **flags, total_timesteps=400, eval_every=100)
     state = load(folder)
+    data = state["own"]["data"]
     # demonstrations 6 x 2 x 10; three rounds of 3 x 2 x 10 and as many for DAgger
     assert state["global_step"] == 120 + 3 * 120 and state["iteration"] == 4
-    assert state["data"]["count"].sum() == 120 + 3 * 60
-    assert state["data"]["count"].view(3, 2).sort().values.tolist() == 3 * [[20 + 20, 20 + 40]]  # two tasks in turn
-    adapted = collected[1::2][:3]
-    for (theta, tasks, before, _), (phi, same, visited, _) in zip(collected[:6:2], collected[1:6:2], strict=True):
-        assert np.array_equal(tasks, same) and not torch.equal(before["obs"], visited["obs"])
+    assert data["count"].sum() == 120 + 3 * 60
+    # two neighbouring tasks in turn
+    assert data["count"].view(3, 2).sort().values.tolist() == 3 * [[20 + 20, 20 + 40]]
+    for i, (round_, dagger) in enumerate(zip(collected[:6:2], collected[1:6:2], strict=True)):
+        theta, tasks, before = round_
+        phi, same, visited = dagger
+        run = SimpleNamespace(iteration=2 + i, rank=0)
+        picked = module.pick_tasks(3, 6, run, module.Args(**state["args"]))
+        assert np.array_equal(tasks, same) and np.array_equal(tasks, state["tasks"].numpy()[picked])
+        assert not torch.equal(before["obs"], visited["obs"])
         assert all((p == p[:1]).all() for p in theta.values())
         assert all((p != theta[name]).any() for name, p in phi.items())
-    rows = state["data"]["rows"].split(state["data"]["count"].tolist())
+    rows = data["rows"].split(data["count"].tolist())
     known = state["tasks"].float()
     for i in range(6):
         obs, label = rows[i].split(2, -1)
         torch.testing.assert_close(label, (10 * (known[i] - obs)).clamp(-1, 1))
-    last = adapted[-1]
-    where = [state["tasks"].tolist().index(task.tolist()) for task in last[1]]
-    for j, i in enumerate(where):
-        torch.testing.assert_close(rows[i][-20:, :2], last[2]["obs"][j].flatten(0, 1))
-    assert metrics["charts/episodic_return"] == pytest.approx(last[2]["rewards"].sum(-1).mean().item())
+    for j, i in enumerate(picked):  # of the last round
+        torch.testing.assert_close(rows[i][-20:, :2], visited["obs"][j].flatten(0, 1))
+    expected = visited["rewards"].sum(-1).mean().item()
+    assert metrics["charts/episodic_return"] == pytest.approx(expected)
+    assert metrics["charts/episodic_length"] == 10
 
 
 def test_the_steps_of_the_sac_expert(train):
-    """Four tasks x 2 episodes x 10 steps an iteration until the budget is used, then the demonstrations, then rounds.
-    All labels are those of the expert that this leads to.
+    """Four tasks x 2 episodes x 10 steps an iteration until the budget is used, then the
+    demonstrations, then rounds. All labels are those of the expert that this leads to.
     """
     step_sizes = {"learning_rate": 0.02, "learning_rate_decay": 0.5, "expert_learning_rate": 0.003}
     flags = {"expert_timesteps": 200, "total_timesteps": 1000, "eval_every": 100}
     folder, _ = train(module, **flags, **step_sizes)
     state = load(folder)
-    assert state["sac"]["replay"]["count"].tolist() == [0] * 4  # no longer needed, nor saved
+    assert state["own"]["sac"]["count"].tolist() == [0] * 4  # no longer needed, nor saved
+    assert len(state["own"]["sac"]["rows"]) == 0
     # 3 x 80 is the first multiple beyond 200
     assert state["iteration"] == 3 + 5 and state["global_step"] == 3 * 80 + 80 + 5 * 160
-    assert state["data"]["count"].tolist() == [20 + 5 * 20] * 4
+    assert state["own"]["data"]["count"].tolist() == [20 + 5 * 20] * 4
     optimizers = [state["optimizer"], *state["sac"]["optimizers"].values()]
-    assert [optimizer["param_groups"][0]["lr"] for optimizer in optimizers] == [0.02 / 2**5, 0.003, 0.003]
+    rates = [optimizer["param_groups"][0]["lr"] for optimizer in optimizers]
+    assert rates == [0.02 / 2**5, 0.003, 0.003]
     assert [optimizer["state"][0]["step"] for optimizer in optimizers] == [5 * 2] + 2 * [3 * 2]
     tasks = state["tasks"].float()
-    agent = module.Expert(tasks, 2, 2, 60, module.Args(**state["args"]))
+    agent = module.SacExpert(tasks, 2, 2, module.Args(**state["args"]))
     agent.load(state["sac"])
-    obs, labels = state["data"]["rows"].split(2, -1)
+    obs, labels = state["own"]["data"]["rows"].split(2, -1)
     with torch.no_grad():
-        torch.testing.assert_close(labels, agent.mean_action(obs, tasks.repeat_interleave(20 + 5 * 20, 0)))
+        expected = agent.mean_actions(obs, tasks.repeat_interleave(20 + 5 * 20, 0))
+    torch.testing.assert_close(labels, expected)
 
 
-def test_a_run_stopped_while_its_expert_learns_goes_on(train, monkeypatch):
+@pytest.fixture
+def stopped(train, monkeypatch):
+    """stopped(step, **flags): the folder of a run that a signal has stopped at that step."""
+
+    def run(step, **flags):
+        log = module.Run.log
+
+        def log_and_interrupt(run, metrics):
+            log(run, metrics)
+            if run.global_step >= step:
+                signal.raise_signal(signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module.Run, "log", log_and_interrupt)
+            folder, _ = train(module, **flags)
+        assert load(folder)["global_step"] == step
+        return folder
+
+    return run
+
+
+def test_a_run_stopped_while_its_expert_learns_goes_on(train, stopped):
     """As the uninterrupted one does: the expert, its replay and its optimizers are saved."""
     flags = {"expert_timesteps": 400, "total_timesteps": 800}
     whole, _ = train(module, **flags)
-    with monkeypatch.context() as patch:
-        patch.setattr(module.Run, "stopping", lambda run: run.bar.n >= 160)  # as after a signal
-        part, _ = train(module, **flags)
-    assert load(part)["global_step"] == 160 and load(part)["sac"]["replay"]["count"].tolist() == [40] * 4
+    part = stopped(160, **flags)
+    assert load(part)["own"]["sac"]["count"].tolist() == [40] * 4
+    with pytest.raises(SystemExit) as end:  # it could end without a policy
+        train(module, resume=part, total_timesteps=400)
+    assert_one_line(end, "can use them up, give 560 or more")
     train(module, resume=part)
     expected, state = load(whole), load(part)
     assert state["global_step"] == expected["global_step"]
     for name in ("meta", "units"):
         assert all(torch.equal(x, expected[name][key]) for key, x in state[name].items())
-    assert all(torch.equal(x, expected["sac"]["networks"][key]) for key, x in state["sac"]["networks"].items())
+    networks = expected["sac"]["networks"]
+    assert all(torch.equal(x, networks[key]) for key, x in state["sac"]["networks"].items())
 
 
 def test_a_diverging_expert_is_named_and_spares_the_checkpoint(train, monkeypatch):
-    """The last one that was good is kept, and no environment is blamed for the actions of a network that is not."""
-    learn, calls = module.Expert.learn, []
+    """The last one that was good is kept, and no environment is blamed for the actions of a network
+    that is not.
+    """
+    learn = module.SacExpert.learn
+    calls = []
 
     def diverge(agent, *args):
         calls.append(args)
@@ -593,17 +781,22 @@ def test_a_diverging_expert_is_named_and_spares_the_checkpoint(train, monkeypatc
             optimizer.param_groups[0]["lr"] *= 1e30 if len(calls) == 2 else 1
         return learn(agent, *args)
 
-    monkeypatch.setattr(module.Expert, "learn", diverge)
-    with pytest.raises(SystemExit, match=r"^error: the expert's loss is not finite: try a smaller --expert-l"):
-        train(module, exp_name="sac", expert_timesteps=240, checkpoint_every=1, total_timesteps=800)
+    monkeypatch.setattr(module.SacExpert, "learn", diverge)
+    flags = {"expert_timesteps": 240, "checkpoint_every": 1, "total_timesteps": 800}
+    line = r"^error: the expert's loss is not finite: try a smaller --expert-l"
+    with pytest.raises(SystemExit, match=line):
+        train(module, exp_name="sac", **flags)
     (path,) = Path("runs").glob("*__sac__*")
     state = load(path)
-    assert state["iteration"] == 1 and all(x.isfinite().all() for x in state["sac"]["networks"].values())
+    assert state["iteration"] == 1
+    assert all(x.isfinite().all() for x in state["sac"]["networks"].values())
 
 
 def test_a_diverging_imitation_is_named_and_spares_the_checkpoint(train):
-    with pytest.raises(SystemExit, match=r"^error: the imitation loss is not finite: try a smaller --inner-lr or"):
-        train(module, exp_name="imitation", learning_rate=1e30, gradient_steps=10, checkpoint_every=1)
+    line = r"^error: the imitation loss is not finite: try a smaller --inner-lr or"
+    flags = {"learning_rate": 1e30, "gradient_steps": 10, "checkpoint_every": 1}
+    with pytest.raises(SystemExit, match=line):
+        train(module, exp_name="imitation", **flags)
     (path,) = Path("runs").glob("*__imitation__*")
     state = load(path)
     assert state["iteration"] == 1 and all(x.isfinite().all() for x in state["meta"].values())
@@ -612,86 +805,118 @@ def test_a_diverging_imitation_is_named_and_spares_the_checkpoint(train):
 def test_an_experts_reward_that_is_too_large_is_named(train, monkeypatch):
     """Its square is infinite in single precision."""
     monkeypatch.setattr(Sign, "scale", 1e25)
-    with pytest.raises(SystemExit, match=r"^error: the expert's loss is not finite: .* or reward$"):
+    line = r"^error: the expert's loss is not finite: .* or reward$"
+    with pytest.raises(SystemExit, match=line):
         train(module, env_id="ExpertSign-v0")
 
 
-@pytest.fixture
-def rounds(train, monkeypatch):
-    """rounds(num_rounds, **flags): the tasks of each round of a run without DAgger."""
-
-    def play(num_rounds, num_train_tasks, **flags):
-        played, collect = [], module.collect
-
-        def recorded(params, tasks, *args, **kwargs):
-            played.append(tasks)
-            return collect(params, tasks, *args, **kwargs)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(module, "collect", recorded)
-            short = {"horizon": 2, "episodes_per_task": 1, "expert_episodes": 1, "expert_timesteps": 1, "dagger": False}
-            short |= {"num_train_tasks": num_train_tasks, "eval_every": 100, "num_eval_steps": 0} | flags
-            steps = 2 * (2 * num_train_tasks + num_rounds * short["meta_batch_size"])
-            train(module, **short, total_timesteps=steps, num_test_tasks=1)
-        return played[:num_rounds]
-
-    return play
+def rounds(num_rounds, n, num_tasks, first=1, rank=0, **flags):
+    """The tasks of each round, (num_rounds, n)."""
+    args = module.Args(**flags)
+    runs = [SimpleNamespace(iteration=first + i, rank=rank) for i in range(num_rounds)]
+    return np.stack([module.pick_tasks(n, num_tasks, run, args) for run in runs])
 
 
 @pytest.mark.parametrize("env_id", ["MultimodalNavigation2-v0", "HalfCheetahDir-v0"])
-def test_a_round_holds_both_modes_of_a_family_that_deals_them_in_turn(rounds, env_id):
+def test_a_round_holds_both_modes_of_a_family_that_deals_them_in_turn(env_id):
     """Otherwise rounds would alternate between the modes, and each would undo the other's."""
-    played = rounds(6, 20, meta_batch_size=10, env_id=env_id)
-    assert len(played) == 6 and all(len(np.unique(tasks[:, -1])) == 2 for tasks in played)
+    tasks = module.make_envs(env_id).sample_tasks(20, np.random.default_rng([0, 0]))
+    for picked in rounds(6, 10, 20):
+        assert len(np.unique(tasks[picked][:, -1])) == 2
 
 
-def test_tasks_come_up_equally_often_and_meet_different_ones(rounds):
-    """Each of twelve comes up once in four rounds of three, and rounds differ from those of the pass before."""
-    played = rounds(14, 12, meta_batch_size=3)[2:]  # the first two end a pass: the expert took its other iterations
-    tasks = np.stack(played)[..., 0]  # one coordinate of the goal tells them apart
-    assert all(len(np.unique(one)) == 12 for one in tasks.reshape(3, 4 * 3))
-    assert len(np.unique(np.sort(tasks, axis=1), axis=0)) > 4
+@pytest.mark.parametrize("rank", [0, 1])
+def test_tasks_come_up_equally_often_and_meet_different_ones(rank):
+    """Each of twelve comes up once in four rounds of three, and rounds differ from those of the pass
+    before. A rank's draws are its own.
+    """
+    picked = rounds(12, 3, 12, first=4, rank=rank)
+    assert all(len(np.unique(one)) == 12 for one in picked.reshape(3, 4 * 3))
+    assert len(np.unique(np.sort(picked, axis=1), axis=0)) > 4
+    assert not np.array_equal(picked, rounds(12, 3, 12, first=4, rank=1 - rank))
+    assert not np.array_equal(picked, rounds(12, 3, 12, first=4, rank=rank, seed=2))
 
 
-def test_what_trains_is_the_dense_reward_of_the_expert_and_train_reward_of_the_rest(train, monkeypatch):
-    seen, collected = [], []
-    step, advantages = module.Expert.step, module.standardised_advantages
-    monkeypatch.setattr(
-        module.Expert, "step", lambda self, batch, *args: (seen.append(batch[2]), step(self, batch, *args))[1]
-    )
-    monkeypatch.setattr(module, "standardised_advantages", lambda batch, *args: (
-        collected.append(batch["rewards"]), advantages(batch, *args))[1])  # fmt: skip
-    train(module, env_id="SparsePointRobot-v0", train_reward="sparse", test_reward="dense", eval_every=100)
-    assert all((x < 0).all() for x in seen)
-    assert len(collected) > 2 and all((x >= 0).all() for x in collected[:2]) and (collected[-1] < 0).all()
+def test_what_trains_is_the_dense_reward_of_the_expert_and_train_reward_of_the_rest(train, stopped):
+    """Dense rewards are below 0, sparse ones are not."""
+    flags = {"env_id": "SparsePointRobot-v0", "train_reward": "sparse", "test_reward": "dense"}
+    folder = stopped(80, expert_timesteps=160, total_timesteps=400, **flags)
+    state = load(folder)
+    assert (state["own"]["sac"]["rows"][:, 4] < 0).all()  # obs, actions, reward, ...
+    _, metrics = train(module, resume=folder)
+    for when in ("pre_adaptation", "episodic"):
+        assert metrics[f"charts/{when}_return"] >= 0
+    assert metrics["eval/return_after_0_episodes"] < 0
+
+    args = module.Args(**state["args"])
+    policy = module.Policy(2, 2, args)
+    params = {name: p.detach().expand(3, *p.shape) for name, p in policy.named_parameters()}
+    tasks = state["tasks"].numpy()[:3]
+    for test in (False, True):
+        batch = module.collect(params, tasks, ("train", 2), policy, args, test=test)
+        name = "dense_rewards" if test else "sparse_rewards"
+        assert torch.equal(batch["rewards"], batch[name])
+        expected = module.standardised_advantages(batch | {"rewards": batch[name]}, args)
+        assert torch.equal(batch["advantages"], expected)
 
 
-def test_draws_are_those_of_one_process(monkeypatch):
-    """Rows of each task's own, all of them; two ranks draw the halves of what one draws."""
-    store = module.Replay(4, 10, 1, CPU)
-    ids, mask = torch.arange(4), torch.arange(6).expand(4, 6) < torch.tensor([[1], [3], [6], [6]])
-    store.add(ids, (10 * ids[:, None] + torch.arange(6)).unsqueeze(-1).float(), mask.float())
-    rows = store.sample(ids, 200, torch.Generator().manual_seed(0))
+def test_draws_are_of_each_tasks_own_rows():
+    """All of them, and no others."""
+    store = module.Replay(4, 10, 1, CPU, "--dataset-size")
+    ids = torch.arange(4)
+    mask = torch.arange(6).expand(4, 6) < torch.tensor([[1], [3], [6], [6]])
+    rows = 10 * ids[:, None] + torch.arange(6)
+    store.add(ids, rows.unsqueeze(-1).float(), mask.float())
+    drawn = store.sample(ids, 200, torch.Generator().manual_seed(0))
     for i, size in enumerate((1, 3, 6, 6)):
-        assert rows[i].unique().tolist() == [10 * i + k for k in range(size)]
+        assert drawn[i].unique().tolist() == [10 * i + k for k in range(size)]
+
+
+def test_a_rank_has_the_demonstrations_of_its_own_tasks(monkeypatch):
+    """From the expert or from a file; its SAC expert knows the units of all tasks."""
+    tasks = np.arange(12.0).reshape(6, 2)
+    rows = np.arange(6.0)[:, None, None] + np.zeros((6, 3, 4))
+    mask = np.arange(3) < np.array([1, 2, 3, 1, 2, 3])[:, None]
+    args = module.Args(env_id="SparsePointRobot-v0", horizon=5, num_train_tasks=6)
+    envs = module.make_envs(args.env_id)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
-        own = ids[2 * rank : 2 * rank + 2]
-        assert torch.equal(store.sample(own, 200, torch.Generator().manual_seed(0)), rows[own])
+        sac, data = module.make_expert(envs, tasks, CPU, args)
+        own = slice(3 * rank, 3 * rank + 3)
+        assert np.array_equal(data.tasks, tasks[own]) and len(sac.replay.count) == 3
+        assert torch.equal(data.told, torch.as_tensor(tasks[own]).float())
+        torch.testing.assert_close(sac.mean, torch.as_tensor(tasks.mean(0)).float())
+        data.fill(rows, mask)
+        assert data.replay.count.tolist() == [1, 2, 3]
+        np.testing.assert_array_equal(data.states()[:, 0], rows[own][mask[own]][:, 0])
 
 
-# ----------------------------------------------------------------------------------------------- what the learner knows
+# ------------------------------------------------------------------------- what the learner knows
 
-PROBE = {"env_id": "ExpertSign-v0", "horizon": 5, "expert": "scripted", "num_train_tasks": 4, "episodes_per_task": 10}
-PROBE |= {"gradient_steps": 60, "hidden_size": 8, "learning_rate": 0.01, "total_timesteps": 1200, "eval_every": 100}
-PROBE |= {"batch_size": 10, "num_test_tasks": 8}
+PROBE = {
+    "env_id": "ExpertSign-v0",
+    "horizon": 5,
+    "expert": "scripted",
+    "num_train_tasks": 4,
+    "episodes_per_task": 10,
+    "gradient_steps": 60,
+    "hidden_size": 8,
+    "learning_rate": 0.01,
+    "total_timesteps": 1200,
+    "eval_every": 100,
+    "batch_size": 10,
+    "num_test_tasks": 8,
+}
 
 
 def test_probe_is_learned(train):
-    """Of 4 on average and 5 at most, from the reward alone; with the rewards of another task, its opposite."""
+    """Of 4 on average and 5 at most, from the reward alone; with the rewards of another task, its
+    opposite.
+    """
     folder, metrics = train(module, **PROBE)
-    assert metrics["eval/return_after_10_episodes"] > 3 and abs(metrics["eval/return_after_0_episodes"]) < 1.5
+    learned = metrics["eval/return_after_10_episodes"]
+    assert learned > 3 and abs(metrics["eval/return_after_0_episodes"]) < 1.5
     collect = module.collect
 
     def swapped(params, tasks, *args, **kwargs):
@@ -702,22 +927,23 @@ def test_probe_is_learned(train):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "collect", swapped)
         _, other = train(module, evaluate=folder)
-    assert other["eval/return_after_10_episodes"] < metrics["eval/return_after_10_episodes"] - 2
+    assert other["eval/return_after_10_episodes"] < learned - 2
 
 
-@pytest.mark.parametrize("flags", [{"adapt": "none"}, {"adapt": "bias"}], ids=str)
-def test_probe_without_and_with_little_adaptation(train, flags):
+@pytest.mark.parametrize("adapted", ["none", "bias"])
+def test_probe_without_and_with_little_adaptation(train, adapted):
     """Behaviour cloning is blind. The parameters of the bias alone can tell the tasks apart."""
-    _, metrics = train(module, **PROBE, **flags)
+    _, metrics = train(module, **PROBE, adapt=adapted)
     after = metrics["eval/return_after_10_episodes"]
-    if flags["adapt"] == "none":
-        assert abs(after) < 1 and after == pytest.approx(metrics["eval/return_after_0_episodes"], abs=1e-6)
+    if adapted == "none":
+        assert abs(after) < 1
+        assert after == pytest.approx(metrics["eval/return_after_0_episodes"], abs=1e-6)
     else:
         assert after > 2
 
 
 def test_probe_with_a_sac_expert(train):
-    sac = {"expert": "sac", "expert_timesteps": 400, "expert_gradient_steps": 100, "expert_reward_scale": 20.0}
-    sac |= {"expert_learning_rate": 0.01}
-    _, metrics = train(module, **PROBE | {"total_timesteps": 1700} | sac)
+    sac = {"expert": "sac", "expert_timesteps": 400, "expert_gradient_steps": 100}
+    sac |= {"expert_reward_scale": 20.0, "expert_learning_rate": 0.01, "total_timesteps": 1700}
+    _, metrics = train(module, **PROBE | sac)
     assert metrics["eval/return_after_10_episodes"] > 3
