@@ -1,91 +1,132 @@
-"""benchmarks/metaworld_tasks.py: Meta-World's own splits, hidden goals, success, and a tiny run."""
+"""metaworld_tasks.py: Meta-World's own splits, hidden goals, success, and a tiny run."""
 
 import pickle
+import sys
 from collections import defaultdict
 
-import metaworld_tasks
 import numpy as np
 import pytest
 import torch
+from metaworld import ALL_V3_ENVIRONMENTS
 from metaworld.policies import SawyerReachV3Policy
 
 import gmps
 import maml_trpo
-from maml_trpo import episode_scores, make_envs, rollout
+import metaworld_tasks
+from maml_trpo import Args, episode_scores, make_envs, rollout
 
-ML1, ML10 = "metaworld_tasks:ML1-reach-v3", "metaworld_tasks:ML10"
+ML1, ML10 = "ML1-reach-v3", "ML10"
 
 
-@pytest.fixture(scope="module", params=[ML1, ML10])
+@pytest.fixture(params=[ML1, ML10])
 def family(request):
     """A benchmark, its classes, and three lanes of it."""
-    ml = metaworld_tasks.benchmark(request.param.split(":")[1])
-    return ml, {**ml.train_classes, **ml.test_classes}, make_envs(request.param, 3, 1)
+    ml = metaworld_tasks.benchmark(request.param)
+    return ml, {**ml.train_classes, **ml.test_classes}, make_envs(request.param, 3)
 
 
-def play(envs, tasks, act, horizon):
-    return rollout(envs, act, tasks, horizon, np.random.default_rng(0), torch.device("cpu"))
+def play(env_id, tasks, act, horizon):
+    return rollout(act, None, tasks, 1, ("train", 0), Args(env_id=env_id, horizon=horizon))
+
+
+def test_names(monkeypatch):
+    """They are known without the package; what needs it says so in one line."""
+    names = [f"{name}-v3" for name in metaworld_tasks.METAWORLD_TASKS]
+    assert sorted(names) == sorted(ALL_V3_ENVIRONMENTS)
+    assert isinstance(make_envs(f"metaworld_tasks:{ML1}"), metaworld_tasks.MetaWorldEnvs)
+    with pytest.raises(SystemExit, match="Near: ML1-push-v3"):
+        make_envs("ML1-puhs-v3")
+    monkeypatch.setitem(sys.modules, "metaworld", None)
+    with pytest.raises(SystemExit, match=r"^error: no tasks ML45: .* pip install metaworld$"):
+        make_envs("ML45")
 
 
 def test_splits_are_the_benchmarks_own(family):
     ml, classes, envs = family
-    train, test = ({(task.env_name, task.data) for task in tasks} for tasks in (ml.train_tasks, ml.test_tasks))
-    assert not train & test and (len(classes) == 1 or not ml.train_classes.keys() & ml.test_classes.keys())
-    for split, own in enumerate([ml.train_tasks, ml.test_tasks]):
-        rows = [envs.sample_tasks, envs.sample_test_tasks][split](len(own), np.random.default_rng(0))
+    splits = (ml.train_tasks, ml.test_tasks)
+    train, test = ({(task.env_name, task.data) for task in tasks} for tasks in splits)
+    assert not train & test
+    assert len(classes) == 1 or not ml.train_classes.keys() & ml.test_classes.keys()
+    for split, own in enumerate(splits):
+        sample = [envs.sample_tasks, envs.sample_test_tasks][split]
+        rows = sample(len(own), np.random.default_rng(0))
         assert (rows[:, 0] == split).all()
-        for row in rows[:4]:
-            env, task = envs.envs[0].unwrapped, own[row[1]]
-            env.set_task(row)
-            assert type(env.env) is classes[task.env_name]
-            np.testing.assert_array_equal(env.env._last_rand_vec, pickle.loads(task.data)["rand_vec"])
+        envs.reset(options={"task": rows[:3]})
+        for row, simulator in zip(rows, envs.lanes, strict=False):
+            task = own[row[1]]
+            assert type(simulator) is classes[task.env_name]
+            expected = pickle.loads(task.data)["rand_vec"]
+            np.testing.assert_array_equal(simulator._last_rand_vec, expected)
 
 
 def test_tasks_are_dealt_class_by_class(family):
-    """No task comes twice before all have come, and a small meta-batch leaves no class out for ever."""
+    """No task comes twice before all have come, and a small meta-batch leaves no class out for
+    ever.
+    """
     ml, _, envs = family
-    for own, sample in ((ml.train_tasks, envs.sample_tasks), (ml.test_tasks, envs.sample_test_tasks)):
+    for own, sample in (
+        (ml.train_tasks, envs.sample_tasks),
+        (ml.test_tasks, envs.sample_test_tasks),
+    ):
         index, other = (sample(len(own) + 7, np.random.default_rng(seed))[:, 1] for seed in (0, 1))
-        assert len(set(index[:-7])) == len(own) and (index[-7:] == index[:7]).all() and (index != other).any()
+        assert len(set(index[:-7])) == len(own) and (index[-7:] == index[:7]).all()
+        assert (index != other).any()
         names, known = [own[i].env_name for i in index[:-7]], {task.env_name for task in own}
         assert set(names[: len(known)]) == known and names == names[: len(known)] * 50
-        first = {own[sample(1, np.random.default_rng(seed))[0, 1]].env_name for seed in range(50)}
-        assert first == known
+        draws = [sample(1, np.random.default_rng(seed))[0, 1] for seed in range(50)]
+        assert {own[i].env_name for i in draws} == known
 
 
 def test_goals_are_hidden(family):
     _, classes, envs = family
     for sample in (envs.sample_tasks, envs.sample_test_tasks):
         tasks = sample(3, np.random.default_rng(0))
-        batch = play(envs, tasks, lambda obs, t: torch.full((3, 4), 0.3), 5)
-        assert batch["obs"].shape == (3, 5, 39) and (batch["obs"][..., -3:] == 0).all()
-        assert (batch["obs"][..., :3] != 0).all() and all(env.unwrapped.env._target_pos.any() for env in envs.envs)
-        assert len({type(env.unwrapped.env) for env in envs.envs}) == min(3, len(classes))
+        batch = play(envs.env_id, tasks, lambda _, obs, noise: torch.full((3, 1, 4), 0.3), 5)
+        assert batch["obs"].shape == (3, 1, 5, 39) and (batch["obs"][..., -3:] == 0).all()
+        assert (batch["obs"][..., :3] != 0).all()
+        assert all(simulator._target_pos.any() for simulator in envs.lanes)
+        assert len({type(simulator) for simulator in envs.lanes}) == min(3, len(classes))
 
 
 @pytest.mark.filterwarnings("ignore:Constant:UserWarning")
 def test_success_is_that_of_the_benchmark():
     """Meta-World's own solution, told the goal, succeeds; a hand that stays does not."""
-    envs, expert = make_envs(ML1, 2, 1), SawyerReachV3Policy()
+    envs, expert = make_envs(ML1, 2), SawyerReachV3Policy()
     tasks = envs.sample_tasks(2, np.random.default_rng(0))
 
-    def act(obs, t):
-        goal = envs.envs[1].unwrapped.env._target_pos
-        return torch.tensor(np.stack([np.zeros(4), expert.get_action(np.concatenate([obs[1, :36], goal]))]))
+    def act(_, obs, noise):
+        told = np.concatenate([obs[1, 0, :36], envs.lanes[1]._target_pos])
+        return torch.tensor(np.stack([np.zeros(4), expert.get_action(told)])).unsqueeze(1)
 
-    batch = play(envs, tasks, act, 100)
-    batch = {name: x.unflatten(0, (2, 1)) for name, x in batch.items()}
-    assert episode_scores(batch)["success"].tolist() == [0, 1]
+    assert episode_scores(play(ML1, tasks, act, 100))["success"].tolist() == [0, 1]
 
 
-def test_simulators_are_used_again(monkeypatch):
+def test_simulators_are_used_again_and_remember_nothing(monkeypatch):
     """Three lanes go through five classes with two simulators of each, not with fifteen."""
-    monkeypatch.setattr(metaworld_tasks, "idle", defaultdict(list))
-    envs = make_envs(ML10, 3, 1)
+    monkeypatch.setattr(metaworld_tasks.MetaWorldEnvs, "idle", defaultdict(list))
+    envs = make_envs(ML10, 3)
     tasks = envs.sample_test_tasks(5, np.random.default_rng(0))
+    actions = np.random.default_rng(1).uniform(-1, 1, (20, 3, 4))
+    seen = {}
     for turn in range(10):
-        envs.reset(seed=0, options={"task": tasks[(turn + np.arange(3)) % 5]})
-    assert len(envs.envs) + sum(map(len, metaworld_tasks.idle.values())) <= 10
+        chosen = (turn + np.arange(3)) % 5
+        envs.reset(seed=0, options={"task": tasks[chosen]})
+        for action in actions:
+            obs, rewards, *_ = envs.step(action)
+        expected = seen.setdefault(turn % 5, (obs, rewards))
+        assert np.array_equal(obs, expected[0]) and np.array_equal(rewards, expected[1])
+    assert len(envs.lanes) + sum(map(len, envs.idle.values())) <= 10
+
+
+def test_a_lane_ends_after_500_steps_and_stays():
+    envs = make_envs(ML1, 2)
+    envs.reset(options={"task": envs.sample_tasks(2, np.random.default_rng(0))})
+    envs.lanes[0].curr_path_length = envs.horizon - 1
+    last, rewards, terminated, truncated, _ = envs.step(np.ones((2, 4)))
+    assert rewards.all() and not terminated.any() and truncated.tolist() == [True, False]
+    obs, rewards, terminated, truncated, _ = envs.step(np.ones((2, 4)))
+    assert rewards[0] == 0 and rewards[1] != 0 and truncated.tolist() == [True, False]
+    assert np.array_equal(obs[0], last[0]) and not np.array_equal(obs[1], last[1])
 
 
 def test_a_tiny_run(train):
@@ -96,21 +137,23 @@ def test_a_tiny_run(train):
 
 @pytest.mark.filterwarnings("ignore:Constant:UserWarning")
 def test_scripted_experts_are_told_the_goal():
-    """Of any task, also of one that no lane is in; asking leaves the lanes alone. The noisy expert still succeeds."""
-    envs = gmps.make_envs(ML1, 2, 1)
+    """Of any task, also of one that no lane is in; asking leaves the lanes alone. The noisy expert
+    still succeeds.
+    """
+    envs = gmps.make_envs(ML1, 2)
     act, tasks = gmps.scripted_expert(envs), envs.sample_tasks(3, np.random.default_rng(0))
-    envs.reset(seed=0, options={"task": tasks[:2]})
-    before, told = envs.obs.copy(), torch.as_tensor(tasks).float()
+    before, _ = envs.reset(options={"task": tasks[:2]})
+    told = torch.as_tensor(tasks).float()
     first = act(torch.as_tensor(before[[0, 0, 0]]).float(), told)
     assert len(first.unique(dim=0)) == 3 and (first.abs() <= 1).all()
-    envs.step(np.zeros((2, 4)))
-    assert np.abs(envs.obs - before).max() < 0.1
+    after, *_ = envs.step(np.zeros((2, 4)))
+    assert np.abs(after - before).max() < 0.1
 
-    def noisy(obs, noise):
-        return act(obs, told[:2]) + 0.1 * noise
-
-    batch = gmps.episodes(noisy, tasks[:2], np.random.default_rng(0), envs, 100, torch.device("cpu"))
-    assert (batch["obs"][..., -3:] == 0).all() and episode_scores(batch)["success"].tolist() == [1, 1]
+    args = gmps.Args(env_id=ML1, expert_noise=0.1, horizon=100)
+    data = gmps.Demonstrations(tasks[:2], told[:2], act, (39, 4), args)
+    batch = gmps.rollout(data.noisy_act, data.told, data.tasks, 1, ("train", 1), args)
+    assert (batch["obs"][..., -3:] == 0).all()
+    assert episode_scores(batch)["success"].tolist() == [1, 1]
 
 
 @pytest.mark.filterwarnings("ignore:Constant:UserWarning")
@@ -119,8 +162,14 @@ def test_demonstrations_are_written_and_used(train, tmp_path):
 
     argv = ["--num-train-tasks", "4", "--episodes", "1", "--horizon", "5"]
     write_demos.main([ML1, str(tmp_path / "demos.npz"), *argv])
-    folder, metrics = train(gmps, env_id=ML1, horizon=5, expert="demos", demos="demos.npz", total_timesteps=1)
+    flags = {"env_id": ML1, "horizon": 5, "total_timesteps": 1}
+    folder, metrics = train(gmps, expert="demos", demos="demos.npz", **flags)
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert state["data"]["count"].tolist() == [5] * 4 and "eval/success_after_2_episodes" in metrics
+    assert state["own"]["data"]["count"].tolist() == [5] * 4
+    assert "eval/success_after_2_episodes" in metrics
     with np.load(tmp_path / "demos.npz") as file:
         assert file["observations"].shape == (20, 39) and np.abs(file["actions"]).max() <= 1
+        assert file["task_index"].tolist() == np.repeat(np.arange(4), 5).tolist()
+        rows = state["own"]["data"]["rows"].numpy()
+        written = np.hstack([file["observations"], file["actions"]])
+        np.testing.assert_array_equal(rows, written.astype(np.float32))
