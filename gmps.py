@@ -1020,8 +1020,8 @@ class Run:
         """Ends the program with one line where the disk is full or the folder read-only."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch says "iostream error" of a full disk
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        except (OSError, RuntimeError) as error:  # torch has words of its own for a full disk
+            reason = getattr(error, "strerror", None) or "the disk may be full"
             kept = (self.folder / "checkpoint.pt").is_file()
             last = "; the last checkpoint is kept" if kept else ""
             fail(f"cannot write to {self.folder}: {reason}{last}")
@@ -1185,7 +1185,11 @@ def report(scores: dict, tasks: np.ndarray, args, episodes: dict | None = None) 
         show(*table)
     if episodes is not None and args.evaluate and ranks()[0] == 0:
         arrays = {name: x.cpu().numpy() for name, x in episodes.items() if x.numel() < 2**22}
-        np.savez(Path(args.evaluate) / "evaluation.npz", tasks=tasks, **scores, **arrays)
+        file = Path(args.evaluate) / "evaluation.npz"
+        try:
+            np.savez(file, tasks=tasks, **scores, **arrays)
+        except OSError as error:
+            show(f"cannot write {file}: {error.strerror}")
     return metrics
 
 

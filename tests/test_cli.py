@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import LEAST, TINY, environment, load, tiny
@@ -411,19 +412,27 @@ def test_folders_that_cannot_be_written(train, script, tmp_path, monkeypatch):
         train(script)
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(train, script, folder, monkeypatch):
+def test_a_full_disk_keeps_the_last_checkpoint(train, script, folder, monkeypatch, capsys):
     before = (folder / "checkpoint.pt").read_bytes()
 
     def full(content, path):
         path.write_bytes(b"half")
         raise RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0")
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(
-        SystemExit, match=r"^error: cannot write to .*; the last checkpoint is kept$"
-    ):
-        train(script, resume=folder, total_timesteps=640)
+    def full_too(file, **arrays):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        line = r"^error: cannot write to .*: the disk may be full; the last checkpoint is kept$"
+        with pytest.raises(SystemExit, match=line):
+            train(script, resume=folder, total_timesteps=640)
     assert (folder / "checkpoint.pt").read_bytes() == before
+    monkeypatch.setattr(np, "savez", full_too)
+    capsys.readouterr()
+    train(script, evaluate=folder)  # prints its table all the same
+    output = capsys.readouterr().out
+    assert "evaluation.npz: No space left on device" in output and "held-out tasks" in output
 
 
 # ------------------------------------------------------------------------------------------------- as its own process
