@@ -652,6 +652,7 @@ def make_tasks(args) -> tuple[gym.vector.VectorEnv, np.ndarray, np.ndarray]:
         fail(f"{args.env_id} has no time limit of its own: give --horizon")
     args.num_test_tasks = args.num_test_tasks or (200 if args.env_id in POINT_FAMILIES else 40)
     args.eval_episodes = args.eval_episodes or args.episodes_per_task
+    require_memory(envs, args)
     train = np.empty(0)
     if args.num_train_tasks:
         train = envs.sample_tasks(args.num_train_tasks, np.random.default_rng([args.task_seed, 0]))
@@ -663,6 +664,20 @@ def make_tasks(args) -> tuple[gym.vector.VectorEnv, np.ndarray, np.ndarray]:
         if "sparse_reward" not in envs.step(nothing)[4]:
             fail(f"{args.env_id} reports no sparse reward")
     return envs, train, test
+
+
+def require_memory(envs, args):
+    """End the program if a phase of episodes, or a layer's moments, cannot fit into memory."""
+    steps = args.meta_batch_size * max(args.episodes_per_task, args.eval_episodes) * args.horizon
+    width = 2 * math.prod(envs.single_observation_space.shape) + 8
+    needed = {"--meta-batch-size x episodes x --horizon": 4 * steps * width}
+    needed["--hidden-size"] = 16 * args.hidden_size**2
+    needed["--num-test-tasks"] = 8 * args.num_test_tasks
+    needed["--num-train-tasks"] = 8 * args.num_train_tasks
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for flags, size in needed.items():
+        if size > memory:
+            fail(f"{flags} needs {size / 1e9:,.0f} GB or more, of {memory / 1e9:.0f} GB of memory")
 
 
 def meta_batch(envs, train_tasks, args, iteration: int) -> np.ndarray:
@@ -885,6 +900,9 @@ def setup(args) -> tuple:
             fail(f"{flag}: must be {'0 or more' if zero else 'above 0'}")
         if name in args.at_most_one and (value or 0) > 1:
             fail(f"{flag}: must be at most 1")
+        largest = 1024 if name == "num_threads" else 2**63 if type(value) is int else 3e38
+        if type(value) in (int, float) and value >= largest:
+            fail(f"{flag}: is too large")
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
     join_ranks(args)
@@ -1022,7 +1040,7 @@ class Run:
             yield
         except (OSError, RuntimeError) as error:  # torch has words of its own for a full disk
             reason = getattr(error, "strerror", None) or "the disk may be full"
-            kept = (self.folder / "checkpoint.pt").is_file()
+            kept = os.path.isfile(self.folder / "checkpoint.pt")
             last = "; the last checkpoint is kept" if kept else ""
             fail(f"cannot write to {self.folder}: {reason}{last}")
 

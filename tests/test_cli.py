@@ -173,6 +173,47 @@ def test_own_numbers_out_of_range(refuse, script):
         assert f"--{flag.replace('_', '-')} {value}" in line and "must be" in line
 
 
+HUGE = [
+    ("seed", 2**63),
+    ("task_seed", 2**63),
+    ("num_threads", 100_000),
+    ("total_timesteps", 10**19),
+]
+
+
+@pytest.mark.parametrize("flag, value", HUGE)
+def test_numbers_that_no_machine_takes(refuse, flag, value):
+    assert f"--{flag.replace('_', '-')} {value}: is too large" in refuse(**{flag: value})
+
+
+BIG = ["meta_batch_size", "horizon", "hidden_size", "num_test_tasks", "num_train_tasks"]
+
+
+@pytest.mark.parametrize("flag", BIG)
+def test_sizes_that_do_not_fit(refuse, script, flag):
+    """Said before anything is allocated, in a line that names the flag."""
+    line = refuse(**{flag: 10**13 if flag.startswith("num_") else 10**9})
+    assert f"--{flag.replace('_', '-')}" in line
+
+
+def test_step_sizes_that_diverge(script, train):
+    flags = {
+        "maml_trpo": {"inner_lr": 1e300},
+        "maesn": {"inner_lr": 1e300},
+        "mmaml": {"inner_lr": 1e300},
+        "rl2": {"learning_rate": 1e30},
+        "pearl": {"learning_rate": 1e30},
+        "gmps": {"learning_rate": 1e30},
+    }
+    with pytest.raises(SystemExit, match=r"^error: .*(finite|diverged)"):
+        train(script, **flags[script.__name__], total_timesteps=8 * 160)
+
+
+def test_names_that_no_folder_has(train, script):
+    with pytest.raises(SystemExit, match=r"^error: cannot write to .*: File name too long$"):
+        train(script, exp_name="x" * 300)
+
+
 def test_the_least_that_is_allowed(train, script):
     least = {"num_eval_steps": 0, "num_test_tasks": 1, "total_timesteps": LEAST[script.__name__]}
     train(script, seed=0, task_seed=0, horizon=1, gamma=1, **least)
