@@ -199,7 +199,7 @@ def test_sizes_that_do_not_fit(refuse, script, flag):
 def test_step_sizes_that_diverge(script, train):
     flags = {
         "maml_trpo": {"inner_lr": 1e37},
-        "maesn": {"inner_lr": 1e37},
+        "maesn": {"policy_lr": 1e37, "adapt_policy": True},
         "mmaml": {"inner_lr": 1e37},
         "rl2": {"learning_rate": 1e30},
         "pearl": {"learning_rate": 1e30},

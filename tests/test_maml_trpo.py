@@ -853,15 +853,15 @@ def probe(tmp_path, monkeypatch):
     """
     monkeypatch.chdir(tmp_path)
     torch.set_default_dtype(torch.float32)
-    settings = {"meta_batch_size": 12, "episodes_per_task": 20, "hidden_size": 8, "max_kl": 0.02}
-    settings |= {"num_test_tasks": 30, "total_timesteps": 30_000, "num_threads": 1}
+    settings = {"meta_batch_size": 12, "episodes_per_task": 20, "hidden_size": 8, "max_kl": 0.05}
+    settings |= {"num_test_tasks": 30, "total_timesteps": 20_000, "num_threads": 1}
     settings |= {"eval_every": 1000}
     return lambda **changes: module.main(module.Args(**(settings | changes)))
 
 
 CONTINUOUS = {"env_id": "ProbeBox-v0", "inner_lr": 0.08}
 DISCRETE = {"env_id": "ProbeDiscrete-v0", "inner_lr": 0.15}
-TWO_STEPS = {"num_inner_steps": 2, "total_timesteps": 45_000, "inner_lr": 0.06, "max_kl": 0.03}
+TWO_STEPS = {"num_inner_steps": 2, "total_timesteps": 30_000, "inner_lr": 0.06}
 
 
 @pytest.mark.parametrize(
