@@ -161,7 +161,7 @@ class Policy(nn.Module):
         self.register_buffer("obs_std", torch.ones(obs_size))
 
     def measure(self, obs: torch.Tensor):
-        """Mean and spread of obs (B, O) become the units of the input; one that is constant is 1."""
+        """Mean and spread of obs (B, O) become the units of the input; a constant one keeps its."""
         mean, std = moments(obs, torch.ones_like(obs[:, 0]))
         self.obs_mean.copy_(mean)
         self.obs_std.copy_(torch.where(std > 1e-3, std, 1))
@@ -1537,9 +1537,8 @@ class SacExpert:
         self.columns = {"obs": obs_size, "actions": action_size, "dense_rewards": 1}
         self.columns |= {"next_obs": obs_size, "terminated": 1}
         own = len(tasks) // ranks()[1]
-        capacity = (
-            math.ceil(args.expert_timesteps / len(tasks)) + args.expert_episodes * args.horizon
-        )
+        capacity = math.ceil(args.expert_timesteps / len(tasks))
+        capacity += args.expert_episodes * args.horizon  # of the iteration that goes beyond
         width = sum(self.columns.values())
         self.replay = Replay(own, capacity, width, tasks.device, "--expert-timesteps")
 
@@ -1582,9 +1581,8 @@ class SacExpert:
         means = (all_reduce(means) / ranks()[1]).tolist()
         if not all(map(math.isfinite, means)):
             fail("the expert's loss is not finite: try a smaller --expert-learning-rate or reward")
-        return dict(
-            zip(("expert/qf_loss", "expert/actor_loss", "expert/entropy"), means, strict=True)
-        )
+        names = ("expert/qf_loss", "expert/actor_loss", "expert/entropy")
+        return dict(zip(names, means, strict=True))
 
     def state(self) -> dict:
         """What is the same on all ranks."""
@@ -1668,7 +1666,8 @@ class Demonstrations:
         labels = torch.zeros_like(batch["actions"])
         told = self.told[ids][valid.nonzero()[:, 0]]
         labels[valid] = self.act(batch["obs"][valid], told).clamp(-1, 1)
-        self.replay.add(ids, *to_rows(batch | {"labels": labels}, self.columns))
+        rows, mask = to_rows(batch | {"labels": labels}, self.columns)
+        self.replay.add(ids, rows, mask)
 
     def sample(self, ids: torch.Tensor, n: int, generator) -> tuple[torch.Tensor, torch.Tensor]:
         """States (N, n, O) of the tasks ids (N,), and labels (N, n, A)."""
