@@ -18,7 +18,9 @@ def test_an_iteration_is_that_of_the_cpu(script, train):
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(script, train):
-    train(script, cuda=True)  # the first gradient of a process can differ in its last bits: seen with maesn.py
+    train(
+        script, cuda=True
+    )  # a process's first gradient can differ in its last bits: maesn.py's did
     whole, part = (train(script, total_timesteps=n * 160, cuda=True)[0] for n in (4, 2))
     half = state(part)
     train(script, resume=part, total_timesteps=4 * 160)
