@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import gymnasium as gym
 import numpy as np
 import pytest
-import test_maml_trpo  # registers ProbeBox-v0
 import torch
 from conftest import load
 from plain import (
@@ -26,7 +25,7 @@ from plain import (
     unpack,
     valid_steps,
 )
-from test_maml_trpo import natural_step
+from test_maml_trpo import natural_step  # and ProbeBox-v0 is registered
 from test_runs import scalars
 from torch.distributions import Normal, kl_divergence
 from torch.func import functional_call, hessian, jacrev
@@ -335,9 +334,9 @@ def test_the_baseline_takes_off_what_the_start_explains():
 @pytest.mark.parametrize("halving", [True, False])
 def test_a_bandit_is_solved_with_a_shrinking_step_size(halving):
     """z is the action: the first step points to the best z, a shrinking α arrives there, a constant
-    one leaves.
+    one is away from it most of the time.
     """
-    args, best = make_args(gamma=0.99), torch.tensor([1.6, -0.8])
+    args, best = make_args(), torch.tensor([1.6, -0.8])
     policy = module.Policy(2, BOX, args)
     phi = dict.fromkeys(LATENTS, torch.zeros(1, Z))
     distances = []
@@ -352,7 +351,7 @@ def test_a_bandit_is_solved_with_a_shrinking_step_size(halving):
             assert torch.cosine_similarity(phi["mu"] - old, best - old).item() > 0.9
         distances.append((phi["mu"] - best).norm().item())
     assert (max(distances[5:]) < 0.4) == halving
-    assert (distances[-1] > 2) == (not halving)
+    assert (np.median(distances[5:]) > 2) == (not halving)
 
 
 # --------------------------------------------------------------------------------------- the policy
@@ -538,10 +537,8 @@ def test_meta_test_starts_from_the_prior_with_a_step_size_that_shrinks(
                 torch.testing.assert_close(episodes[f"obs_{k}"], batch["obs"])
             if k < 5:
                 shrunk = {name: factors[k] * x for name, x in alpha.items()}
-                each = [of_task(batch, i) for i in range(4)]
-                phi = [
-                    plain_step(policy, *x, shrunk) for x in zip(phi, [theta] * 4, each, strict=True)
-                ]
+                for i in range(4):
+                    phi[i] = plain_step(policy, phi[i], theta, of_task(batch, i), shrunk)
     assert scores.keys() == expected.keys()
     assert episodes.keys() == {f"obs_{k}" for k in range(6)}
     for name in names:
@@ -616,8 +613,8 @@ def probe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.set_default_dtype(torch.float32)
     settings = {"env_id": "ProbeBox-v0", "meta_batch_size": 10, "num_train_tasks": 10}
-    settings |= {"hidden_size": 8, "max_kl": 0.02, "test_reward": "dense"}
-    settings |= {"total_timesteps": 40_000, "num_threads": 1, "eval_every": 1000}
+    settings |= {"hidden_size": 8, "max_kl": 0.1, "test_reward": "dense"}
+    settings |= {"total_timesteps": 15_000, "num_threads": 1, "eval_every": 1000}
     settings |= {"num_eval_steps": 3, "eval_episodes": 20}
     return lambda **changes: module.main(module.Args(**(settings | changes)))
 
@@ -682,7 +679,7 @@ def test_every_training_task_has_a_row_of_its_own(probe):
     half of them.
     """
     settings = {"latent_adaptation": False, "num_train_tasks": 20, "kl_weight": 0.01}
-    scores = probe(exp_name="by_heart", total_timesteps=30_000, **settings)
+    scores = probe(exp_name="by_heart", total_timesteps=12_000, **settings)
     assert scores["charts/episodic_return"] > 0.5
     assert (load(run_of("by_heart"))["meta"]["log_sigma"] != 0).all()
 
