@@ -1065,9 +1065,9 @@ class Run:
         return purpose, self.iteration, *key, *([self.rank] if self.rank else [])
 
     def lap(self, name: str):
-        """time/{name}: the seconds since the last lap of this iteration."""
+        """time/{name}: add the seconds since the last lap of this iteration."""
         now = time.perf_counter()
-        self.times[f"time/{name}"] = now - self.clock
+        self.times[f"time/{name}"] = self.times.get(f"time/{name}", 0) + now - self.clock
         self.clock = now
 
     def due(self, every: int) -> bool:
@@ -1119,6 +1119,7 @@ class Run:
         state |= {"algorithm": type(self.args).exp_name, "format": FORMAT, "ranks": self.num_ranks}
         state |= {"args": asdict(self.args) | {"resume": "", "evaluate": ""}}
         with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)  # of a rank on another machine
             if self.rank == 0:
                 self.writer.flush()  # first: what is logged up to here is not logged again
             torch.save(state | {"layout": layout(state)}, self.folder / f"{name}.tmp")
