@@ -166,10 +166,10 @@ def test_contexts_of_pearl(train, capsys):
     folder, _ = train(pearl)
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     agent = checkpoint["agent"]
-    for name in ("encoder.weights.3", "actor.weights.3"):  # untrained, they hardly react
+    for name in ("encoder.weights.3", "sac.actor.weights.3"):  # untrained, they hardly react
         agent[name] *= 300
     assert different(agent) == 3
-    first = "actor.weights.0"
+    first = "sac.actor.weights.0"
     blind = torch.cat(
         [agent[first][:, :2], 0 * agent[first][:, 2:]], 1
     )  # obs are two numbers, then comes z
