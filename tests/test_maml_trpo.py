@@ -411,6 +411,11 @@ def test_conjugate_gradient():
     assert len(calls) < 50
     assert error(image, a @ x) < 1e-10
     calls.clear()
+    x, _ = module.conjugate_gradient(product, b, 50)
+    assert (a @ x - b).square().sum() < 1e-10  # and not so one iteration earlier
+    x, _ = module.conjugate_gradient(product, b, len(calls) - 1)
+    assert (a @ x - b).square().sum() > 1e-10
+    calls.clear()
     x, image = module.conjugate_gradient(product, b, 3)
     assert len(calls) == 3
     assert error(image, a @ x) < 1e-10  # also far from the solution
@@ -510,9 +515,9 @@ def test_line_search():
     assert torch.allclose(result, vector - 0.8**4 * step)
     assert value[0] < 0
     for loss, kl in ((0.0, 0.0), (1.0, 0.0), (-1.0, 0.2), (math.nan, 0.0), (-1.0, math.nan)):
-        result, value, _ = search(lambda x, loss=loss: loss, lambda x, kl=kl: kl)
+        result, value, tries = search(lambda x, loss=loss: loss, lambda x, kl=kl: kl)
         assert torch.equal(result, vector)
-        assert value == (0.0, 0.0)
+        assert (value, tries) == ((0.0, 0.0), 15)
 
 
 # --------------------------------------------------------------------------------------- the policy
