@@ -526,6 +526,8 @@ class UserEnvs(gym.vector.VectorEnv):
         self.native = first.action_space
         if not getattr(self.native_obs, "is_np_flattenable", False):
             fail(f"{env_id} has observations that no vector holds: {self.native_obs}")
+        if math.prod(getattr(self.native, "shape", None) or ()) == 0:
+            fail(f"{env_id} has no actions: {self.native}")
         if not isinstance(self.native, gym.spaces.Box | gym.spaces.Discrete):
             kind = type(self.native).__name__
             fail(f"{env_id} has {kind} actions; Box and Discrete are supported")
@@ -695,14 +697,14 @@ def meta_batch(envs, train_tasks, args, iteration: int) -> np.ndarray:
 def require_finite(env_id: str, values: dict, alive, tasks, t: int):
     """End the program if what a lane that is alive (B,) reports after step t is not finite.
 
-    values: (B, ...) by name. Finite in torch's precision: 1e39 is not, in single precision.
+    values: (B, ...) by name; t: -1 is the reset. 1e39 is not finite, in single precision.
     """
     largest = torch.finfo(torch.get_default_dtype()).max
     for name, value in values.items():
         bad = alive & ~(np.abs(value).reshape(len(alive), -1) <= largest).all(axis=1)
         if bad.any():
             lane = bad.argmax()
-            what = name.rstrip("s").replace("_", " ")
+            what = name.replace("_", " ")
             fail(f"{env_id}: {what} is not finite in lane {lane}, step {t}, task {tasks[lane]}")
 
 
@@ -749,13 +751,15 @@ def rollout(act, params, tasks, episodes, key, args, deterministic=False) -> dic
     actions = []
     steps = {}
     alive = np.ones(len(lanes), bool)
+    require_finite(args.env_id, {"observation": obs}, alive, lanes, -1)
     for t in range(args.horizon):
         actions.append(act(params, observations[-1], noise[:, :, t]))
         chosen = require_finite_actions(actions[-1].flatten(0, 1).cpu().numpy())
         obs, rewards, terminated, truncated, info = envs.step(chosen)
-        told = {"rewards": rewards, **info}
-        require_finite(args.env_id, {"observations": obs, **told}, alive, lanes, t)
-        for name, value in {**told, "terminated": terminated, "mask": alive}.items():
+        told = {"observation": obs, "reward": rewards, **info}
+        require_finite(args.env_id, told, alive, lanes, t)
+        ends = {"terminated": terminated, "mask": alive}
+        for name, value in {"rewards": rewards, **info, **ends}.items():
             steps.setdefault(name, np.zeros((len(lanes), args.horizon)))[:, t] = value * alive
         observations.append(tensor(obs).unflatten(0, shape))
         alive = alive & ~(terminated | truncated)
@@ -960,9 +964,10 @@ def load_checkpoint(folder: str, args_class, name: str = "checkpoint.pt") -> dic
     torch does not compare; an entry that was added, lost or reshaped shows in its layout.
     """
     path = Path(folder) / name
-    if not path.is_file() and any(Path(folder).glob("events.out.tfevents.*")):
+    found = os.path.isfile(path)  # no, where the folder may not be searched
+    if not found and any(Path(folder).glob("events.out.tfevents.*")):
         fail(f"{folder} was stopped before its first checkpoint: start again, without --resume")
-    if not path.is_file():
+    if not found:
         fail(f"{folder} is no run: there is no {path}")
     try:
         with zipfile.ZipFile(path) as archive:

@@ -242,6 +242,7 @@ def collect(agent, tasks, key, args, test=False, deterministic=False) -> tuple[d
         obs, _ = envs.reset(seed=int(rng.integers(2**31)), options={"task": tasks})
         noise = tensor(draw(size=(n, args.horizon, agent.action_size)) * (not deterministic))
         alive = np.ones(n, bool)
+        require_finite(args.env_id, {"observation": obs}, alive, tasks, -1)
         for t in range(args.horizon):
             raw_obs = tensor(obs)
             scaled_obs = ((raw_obs - agent.obs_mean) / agent.obs_std).clamp(-10, 10)
@@ -251,7 +252,7 @@ def collect(agent, tasks, key, args, test=False, deterministic=False) -> tuple[d
             logprobs = distribution(dist_params[:, 0], agent.discrete).log_prob(actions)
             chosen = require_finite_actions(actions.cpu().numpy())
             obs, rewards, terminated, truncated, info = envs.step(chosen)
-            told = {"observations": obs, "rewards": rewards, **info}
+            told = {"observation": obs, "reward": rewards, **info}
             require_finite(args.env_id, told, alive, tasks, t)
             rewards = alive * (info.get("sparse_reward", np.zeros(n)) if sparse else rewards)
             step = {"obs": raw_obs, "inputs": inputs, "actions": actions, "logprobs": logprobs}
@@ -525,6 +526,8 @@ class UserEnvs(gym.vector.VectorEnv):
         self.native = first.action_space
         if not getattr(self.native_obs, "is_np_flattenable", False):
             fail(f"{env_id} has observations that no vector holds: {self.native_obs}")
+        if math.prod(getattr(self.native, "shape", None) or ()) == 0:
+            fail(f"{env_id} has no actions: {self.native}")
         if not isinstance(self.native, gym.spaces.Box | gym.spaces.Discrete):
             kind = type(self.native).__name__
             fail(f"{env_id} has {kind} actions; Box and Discrete are supported")
@@ -694,14 +697,14 @@ def meta_batch(envs, train_tasks, args, iteration: int) -> np.ndarray:
 def require_finite(env_id: str, values: dict, alive, tasks, t: int):
     """End the program if what a lane that is alive (B,) reports after step t is not finite.
 
-    values: (B, ...) by name. Finite in torch's precision: 1e39 is not, in single precision.
+    values: (B, ...) by name; t: -1 is the reset. 1e39 is not finite, in single precision.
     """
     largest = torch.finfo(torch.get_default_dtype()).max
     for name, value in values.items():
         bad = alive & ~(np.abs(value).reshape(len(alive), -1) <= largest).all(axis=1)
         if bad.any():
             lane = bad.argmax()
-            what = name.rstrip("s").replace("_", " ")
+            what = name.replace("_", " ")
             fail(f"{env_id}: {what} is not finite in lane {lane}, step {t}, task {tasks[lane]}")
 
 
@@ -884,9 +887,10 @@ def load_checkpoint(folder: str, args_class, name: str = "checkpoint.pt") -> dic
     torch does not compare; an entry that was added, lost or reshaped shows in its layout.
     """
     path = Path(folder) / name
-    if not path.is_file() and any(Path(folder).glob("events.out.tfevents.*")):
+    found = os.path.isfile(path)  # no, where the folder may not be searched
+    if not found and any(Path(folder).glob("events.out.tfevents.*")):
         fail(f"{folder} was stopped before its first checkpoint: start again, without --resume")
-    if not path.is_file():
+    if not found:
         fail(f"{folder} is no run: there is no {path}")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -1165,7 +1169,7 @@ def probability_ratio(dist_params: torch.Tensor, batch: dict, discrete=False) ->
 
 def tasks_at_once(obs: torch.Tensor) -> int | None:
     """How many of the tasks of obs (N, E, T, O) vmap takes at a time: 8000 steps suit a cache."""
-    return None if obs.is_cuda else max(1, 8000 // obs[0, ..., 0].numel())
+    return None if obs.is_cuda else max(1, 8000 // math.prod(obs.shape[1:-1]))
 
 
 # <<< shared: actions

@@ -7,9 +7,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import user_tasks
 from conftest import LEAST, OWN, SCRIPTS, TINY, load
 from user_tasks import Ragged
 
+import maml_trpo
 from maml_trpo import POINT_FAMILIES, Args, episode_scores, make_envs, make_tasks, rollout
 
 FRESH = [
@@ -564,6 +566,30 @@ def test_a_value_that_is_not_finite_stops_the_run(script, train, monkeypatch, wh
     assert load(folder)["global_step"] == saved["global_step"]
     lane.fault = ()
     train(script, resume=folder, total_timesteps=saved["global_step"] + 1)
+
+
+def test_a_reset_that_is_not_finite_is_named(script, train):
+    lane = script.make_envs("user_tasks:Asymmetric-v0", 8).envs[3].unwrapped
+    lane.fault = (-1, "observation", np.nan)
+    with pytest.raises(SystemExit, match=r"observation is not finite in lane 3, step -1, task"):
+        train(script, env_id="user_tasks:Asymmetric-v0", total_timesteps=LEAST[script.__name__])
+
+
+def test_actions_and_observations_of_no_numbers(monkeypatch, train):
+    """Nothing to observe is a task (a bandit); nothing to do is none."""
+    monkeypatch.setattr(Ragged, "observe", lambda env: np.zeros(0))
+    make_one = Ragged.__init__
+
+    def init(env, **settings):
+        make_one(env, **settings)
+        env.observation_space = gym.spaces.Box(-1, 1, (0,))
+
+    monkeypatch.setattr(Ragged, "__init__", init)
+    train(maml_trpo, env_id="user_tasks:Asymmetric-v0", total_timesteps=1)
+    maml_trpo.make_envs.cache_clear()
+    monkeypatch.setitem(user_tasks.ACTIONS, "asymmetric", gym.spaces.Box(-1, 1, (0,)))
+    with pytest.raises(SystemExit, match=r"^error: user_tasks:Asymmetric-v0 has no actions: Box"):
+        maml_trpo.make_envs("user_tasks:Asymmetric-v0", 1)
 
 
 def test_actions_that_are_not_finite_are_the_policys_fault(script, train, monkeypatch):
