@@ -1094,7 +1094,7 @@ class Run:
         tags = ("charts/pre_adaptation_return", "charts/episodic_return")
         returns = " -> ".join(f"{self.metrics[tag]:.2f}" for tag in tags if tag in self.metrics)
         self.bar.set_description_str(f"return {returns}", refresh=False)
-        self.bar.update(self.global_step - self.bar.n)
+        self.bar.update(min(self.global_step, self.args.total_timesteps) - self.bar.n)
         if not self.terminal and (now - self.printed > 10 or self.complete):
             self.printed = now
             show(str(self.bar))
