@@ -210,29 +210,32 @@ def test_a_checkpoint_is_never_half_written(script, train, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_signals(script, train, tmp_path, number):
-    """SIGTERM ends the iteration and saves; after SIGKILL the last checkpoint is good. Both runs can go on."""
-    argv = tiny(script, total_timesteps=LONG, checkpoint_every=3, exp_name="stopped")
-    command = [sys.executable, script.__file__, *argv]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
-    )
-    try:
-        while not (found := list(tmp_path.glob("runs/*__stopped__*/checkpoint.pt"))):
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    """SIGTERM ends the iteration and saves; after SIGKILL the last checkpoint is good."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        sys.stdout = open("output", "w")
+        try:
+            train(script, total_timesteps=LONG, checkpoint_every=3, exp_name="stopped")
+            code = 0
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    while not (found := list(tmp_path.glob("runs/*__stopped__*/checkpoint.pt"))):
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+        time.sleep(0.01)
+    os.kill(pid, number)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    output = Path("output").read_text()
     folder = found[0].parent
     stopped = state(folder)
     if number == signal.SIGTERM:
-        assert process.returncode == 0
+        assert code == 0
         assert f"stopped; --resume {folder.relative_to(tmp_path)} goes on from here" in output
         last = max(max(values) for values in scalars(folder).values())
         assert stopped["global_step"] == last  # nothing that was done is lost
     else:
-        assert process.returncode == -signal.SIGKILL and "--resume" not in output
+        assert code == -signal.SIGKILL and "--resume" not in output
     total = stopped["global_step"] + 160
     train(script, resume=folder, total_timesteps=total)
     whole, _ = train(script, total_timesteps=total)
