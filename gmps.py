@@ -70,12 +70,13 @@ import tyro
 from torch.distributions import Categorical, Independent, Normal
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
 # fmt: off
-@dataclass
+@dataclass(unsafe_hash=True)
 class Args:
     exp_name: str = "gmps"  # name of the experiment, part of the run's folder
     env_id: str = "SparsePointRobot-v0"  # task family: one of the suite (docs/tasks.md), or module:Id-v0 for your own
@@ -93,7 +94,9 @@ class Args:
     train_reward: Literal["dense", "sparse"] = "dense"  # what training adapts to; SAC experts get the dense one
     test_reward: Literal["dense", "sparse"] = "dense"  # reward of the meta-test
     gamma: float = 0.9  # discount per step
-    cuda: bool = False  # compute on the GPU (these networks are small: a CPU is faster, a large --hidden-size aside)
+    cuda: bool = False  # compute on the GPU, and keep the tasks there if they can be
+    cudagraphs: bool = True  # with --cuda: replay what repeats as CUDA graphs (the same numbers, sooner)
+    tf32: bool = False  # with --cuda: matrix products in TF32
     torch_deterministic: bool = True  # use deterministic kernels only
     num_threads: int = 0  # CPU threads of torch and of the simulator (0: all cores)
     eval_every: int = 1  # iterations between meta-tests; none while the expert is trained
@@ -447,11 +450,12 @@ class PointEnvs(gym.vector.VectorEnv):
 
     tasks: (n, 2) goals, in MultimodalNavigation (n, 3), goals and the index of their mode. An
     action of 1 pushes by 0.1 along its axis: the position, or in MultimodalNavigation the velocity.
-    reset puts lane i in task i; a lane that has ended stays put and pays 0. Formulas, sources:
-    docs/tasks.md.
+    reset puts lane i in task i; a lane that has ended stays put and pays 0. All on the device of
+    the tasks. Formulas, sources: docs/tasks.md.
     """
 
     metadata: ClassVar = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
+    on_device = True  # tensors come and go, and the lanes' state is in attributes that are tensors
 
     def __init__(self, env_id: str, num_envs: int):
         self.env_id = env_id
@@ -478,32 +482,34 @@ class PointEnvs(gym.vector.VectorEnv):
         return np.column_stack([centre + rng.normal(size=(n, 2)), mode])
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        rng = np.random.default_rng(seed)
+        goals = options["task"][:, :2]
+        random = partial(torch.rand, generator=options["generator"])
         start = 1 if self.env_id == "PointRobot-v0" else 0.2 if self.momentum else 0
-        self.goals = options["task"][:, :2]
-        self.position = rng.uniform(-start, start, (self.num_envs, 2))
-        self.velocity = rng.uniform(-0.1, 0.1, (self.num_envs, 2))  # of MultimodalNavigation only
-        self.ended = np.zeros(self.num_envs, bool)
+        drawn = 2 * random(2, *goals.shape, dtype=goals.dtype, device=goals.device) - 1
+        self.goals = goals
+        self.position = start * drawn[0]
+        self.velocity = 0.1 * drawn[1]  # of MultimodalNavigation only
+        self.ended = torch.zeros_like(goals[:, 0], dtype=torch.bool)
         return self._obs(), {}
 
-    def step(self, actions: np.ndarray):
-        push = 0.1 * np.clip(actions, -1, 1)
+    def step(self, actions: torch.Tensor):
+        push = 0.1 * actions.clamp(-1, 1)
         self.velocity = self.velocity + push if self.momentum else push
         moved = self.position + self.velocity
-        self.position = np.where(self.ended[:, None], self.position, moved)
+        self.position = torch.where(self.ended.unsqueeze(1), self.position, moved)
         offset = self.position - self.goals
-        distance = np.linalg.norm(offset, axis=1)
-        reward = np.where(self.ended, 0, -distance)
+        distance = offset.norm(dim=1)
+        reward = -distance.masked_fill(self.ended, 0)
         info = {}
         if self.env_id == "SparsePointRobot-v0":
             hit = distance <= 0.2
-            info = {"sparse_reward": np.where(hit, 1 - distance, 0), "success": hit}
+            info = {"sparse_reward": torch.where(hit, 1 - distance, 0), "success": hit}
         if self.env_id == "Navigation2D-v0":
-            self.ended = self.ended | (np.abs(offset) < 0.01).all(axis=1)
-        return self._obs(), reward, self.ended, np.zeros(self.num_envs, bool), info
+            self.ended = self.ended | (offset.abs() < 0.01).all(1)
+        return self._obs(), reward, self.ended, torch.zeros_like(self.ended), info
 
-    def _obs(self) -> np.ndarray:
-        return np.hstack([self.position, self.velocity]) if self.momentum else self.position
+    def _obs(self) -> torch.Tensor:
+        return torch.cat([self.position, self.velocity], 1) if self.momentum else self.position
 
 
 class UserEnvs(gym.vector.VectorEnv):
@@ -661,9 +667,10 @@ def make_tasks(args) -> tuple[gym.vector.VectorEnv, np.ndarray, np.ndarray]:
     sample = getattr(envs, "sample_test_tasks", envs.sample_tasks)
     test = sample(args.num_test_tasks, np.random.default_rng([args.task_seed, 1]))
     if "sparse" in (args.train_reward, args.test_reward):
-        envs.reset(seed=0, options={"task": test[:1]})
-        nothing = np.zeros((1, *envs.single_action_space.shape), envs.single_action_space.dtype)
-        if "sparse_reward" not in envs.step(nothing)[4]:
+        obs = reset_lanes(envs, test[:1], keyed_generator(args, "sparse reward"))
+        space = envs.single_action_space
+        nothing = torch.as_tensor(np.zeros((1, *space.shape), space.dtype), device=obs.device)
+        if "sparse_reward" not in step_lanes(envs, nothing)[4]:
             fail(f"{args.env_id} reports no sparse reward")
     return envs, train, test
 
@@ -693,25 +700,83 @@ def meta_batch(envs, train_tasks, args, iteration: int) -> np.ndarray:
     return envs.sample_tasks(n, rng)[rank::num_ranks]
 
 
-def require_finite(env_id: str, values: dict, alive, tasks, t: int):
-    """End the program if what a lane that is alive (B,) reports after step t is not finite.
+def reset_lanes(envs, tasks: np.ndarray, generator: torch.Generator) -> torch.Tensor:
+    """Put lane i in task i of tasks (B, K), by draws from generator; obs (B, O), on its device."""
+    device = generator.device
+    dtype = torch.get_default_dtype()
+    if getattr(envs, "on_device", False):
+        told = torch.as_tensor(tasks, dtype=dtype, device=device)
+        return envs.reset(options={"task": told, "generator": generator})[0]
+    seed = torch.randint(2**31, (1,), generator=generator, device=device).item()
+    obs, _ = envs.reset(seed=seed, options={"task": tasks})
+    return torch.as_tensor(obs, dtype=dtype, device=device)
 
-    values: (B, ...) by name; t: -1 is the reset. 1e39 is not finite, in single precision.
+
+def step_lanes(envs, actions: torch.Tensor) -> tuple:
+    """obs (B, O), rewards, terminated, truncated (B,), and of info what we use; as tensors.
+
+    A family on the host gets the actions in one copy, and gives everything in another. An action
+    that is not finite is 0 to it: require_finite is yet to find the cause.
     """
-    largest = torch.finfo(torch.get_default_dtype()).max
-    for name, value in values.items():
-        bad = alive & ~(np.abs(value).reshape(len(alive), -1) <= largest).all(axis=1)
-        if bad.any():
-            lane = bad.argmax()
-            what = name.replace("_", " ")
-            fail(f"{env_id}: {what} is not finite in lane {lane}, step {t}, task {tasks[lane]}")
+    names = ("sparse_reward", "success")
+    if getattr(envs, "on_device", False):
+        obs, rewards, terminated, truncated, info = envs.step(actions)
+        return obs, rewards, terminated, truncated, {x: info[x] for x in names if x in info}
+    chosen = np.nan_to_num(actions.cpu().numpy(), posinf=0, neginf=0)
+    obs, rewards, terminated, truncated, info = envs.step(chosen)
+    names = [name for name in names if name in info]
+    columns = [obs, rewards, terminated, truncated, *(info[name] for name in names)]
+    told = torch.as_tensor(np.column_stack(columns), dtype=torch.get_default_dtype())
+    if actions.is_cuda:
+        told = told.pin_memory().to(actions.device, non_blocking=True)
+    obs, told = told.tensor_split([obs.shape[1]], 1)
+    rewards, terminated, truncated, *told = told.unbind(1)
+    return obs, rewards, terminated > 0, truncated > 0, dict(zip(names, told, strict=True))
 
 
-def require_finite_actions(actions: np.ndarray) -> np.ndarray:
-    """actions, unless the policy that chose them has diverged."""
-    if not np.isfinite(actions).all():
-        fail("the policy has diverged, its actions are not finite: try smaller step sizes")
-    return actions
+def draw_noise(space, shape: tuple, generator, deterministic=False) -> torch.Tensor:
+    """For actions of space: normal (*shape, A), or Gumbel (*shape, n); 0 for the mean or mode."""
+    if isinstance(space, gym.spaces.Discrete):
+        noise = torch.empty(*shape, int(space.n), device=generator.device)
+        noise = -noise.exponential_(generator=generator).log()
+    else:
+        size = (*shape, space.shape[0])
+        noise = torch.randn(size, generator=generator, device=generator.device)
+    return noise.zero_() if deterministic else noise
+
+
+def stack_steps(steps: list[dict], length: int = 0) -> dict:
+    """Steps, (B, ...) by name, as (B, T, ...), T at least length; 0 where mask is, or none is."""
+    rows = {}
+    for name, like in {name: x for step in steps for name, x in step.items()}.items():
+        column = [step.get(name, torch.zeros_like(like)) for step in steps]
+        column += [torch.zeros_like(like)] * (length - len(steps))
+        rows[name] = torch.stack(column, 1)
+        if like.dtype == torch.bool:
+            rows[name] = rows[name].to(torch.get_default_dtype())
+    over = rows["mask"] == 0
+    for column in rows.values():
+        column.masked_fill_(over.view(*over.shape, *[1] * (column.ndim - 2)), 0)
+    return rows
+
+
+def require_finite(rows: dict, tasks: np.ndarray, first: int, args):
+    """End the program if in steps (B, T, ...), from step first on, something is not finite.
+
+    1e39 is not, in single precision. Step -1 is the reset.
+    """
+    if math.isfinite(sum(x.sum() for x in rows.values())):
+        return
+    names = {"next_obs": "observation", "rewards": "reward", "sparse_reward": "sparse reward"}
+    for t in range(next(iter(rows.values())).shape[1]):
+        for name, column in rows.items():
+            bad = ~column[:, t].isfinite().reshape(len(tasks), -1).all(1)
+            if bad.any() and name == "actions":
+                fail("the policy has diverged, its actions are not finite: try smaller step sizes")
+            if bad.any():
+                lane = int(bad.int().argmax())
+                where = f"in lane {lane}, step {first + t}, task {tasks[lane]}"
+                fail(f"{args.env_id}: {names.get(name, name)} is not finite {where}")
 
 
 # <<< shared: tasks
@@ -719,11 +784,36 @@ def require_finite_actions(actions: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
+def play(act, params, lanes, noise, envs, args) -> tuple[tuple, dict]:
+    """Steps of all lanes, one for each of noise (N, E, T, A), or until none lives.
+
+    lanes: obs (B, O), alive (B,), and the tensors in which a family on the device keeps its state.
+    Returns lanes after the steps, and the steps, (B, T, ...) by name.
+    """
+    obs, alive, state = lanes
+    vars(envs).update(state)
+    can_be_captured = obs.is_cuda and getattr(envs, "on_device", False)
+    steps = []
+    for t in range(noise.shape[2]):
+        actions = act(params, obs.unflatten(0, noise.shape[:2]), noise[:, :, t]).flatten(0, 1)
+        next_obs, rewards, terminated, truncated, info = step_lanes(envs, actions)
+        step = {"obs": obs, "actions": actions, "next_obs": next_obs, "rewards": rewards, **info}
+        steps.append(step | {"terminated": terminated, "mask": alive})
+        obs = next_obs
+        alive = alive & ~(terminated | truncated)
+        if not can_be_captured and not alive.any():
+            break
+    length = noise.shape[2] if obs.is_cuda else 0  # graphs are of one shape
+    return (obs, alive, {x: vars(envs)[x] for x in state}), stack_steps(steps, length)
+
+
+@torch.no_grad()
 def rollout(act, params, tasks, episodes, key, args, deterministic=False) -> dict:
     """E episodes in each of N tasks (N, K), all at once; key: of the draws.
 
-    act: params, obs (N, E, O), noise (N, E, A) -> actions (N, E, A), or (N, E) of Discrete ones.
-    The noise is normal, or Gumbel for Discrete actions, and 0 for the mean or mode.
+    act: params, obs (N, E, O), noise (N, E, A) -> actions (N, E, A), or (N, E) of Discrete ones; a
+    method or a function of a module, which a graph can know again. The noise is normal, or Gumbel
+    for Discrete actions, and 0 for the mean or mode.
     Returns a batch, T being the longest episode; after an episode's end all of it is 0:
 
     obs, next_obs           (N, E, T, O)  before and after the step
@@ -732,48 +822,39 @@ def rollout(act, params, tasks, episodes, key, args, deterministic=False) -> dic
     sparse_rewards, success (N, E, T)     the same, where tasks report them
     terminated              (N, E, T)     1 where the step ended the episode, time limits excluded
     mask                    (N, E, T)     1 up to the episode's end
+
+    On a GPU T is rounded up to whole hundreds, or the horizon: graphs are of one shape.
     """
     envs = make_envs(args.env_id, len(tasks) * episodes)
-    space = envs.single_action_space
-    discrete = isinstance(space, gym.spaces.Discrete)
     lanes = np.repeat(tasks, episodes, axis=0)
-    shape = (len(tasks), episodes)
-    device = torch.device("cuda" if args.cuda else "cpu")
-    tensor = partial(torch.as_tensor, dtype=torch.get_default_dtype(), device=device)
-
-    rng = keyed_rng(args.seed, *key)
-    draw = rng.gumbel if discrete else rng.normal
-    noise = draw(size=(*shape, args.horizon, int(space.n) if discrete else space.shape[0]))
-    noise = tensor(noise * (not deterministic))
-    obs, _ = envs.reset(seed=int(rng.integers(2**31)), options={"task": lanes})
-    observations = [tensor(obs).unflatten(0, shape)]
-    actions = []
-    steps = {}
-    alive = np.ones(len(lanes), bool)
-    require_finite(args.env_id, {"observation": obs}, alive, lanes, -1)
-    for t in range(args.horizon):
-        actions.append(act(params, observations[-1], noise[:, :, t]))
-        chosen = require_finite_actions(actions[-1].flatten(0, 1).cpu().numpy())
-        obs, rewards, terminated, truncated, info = envs.step(chosen)
-        told = {"observation": obs, "reward": rewards, **info}
-        require_finite(args.env_id, told, alive, lanes, t)
-        ends = {"terminated": terminated, "mask": alive}
-        for name, value in {"rewards": rewards, **info, **ends}.items():
-            steps.setdefault(name, np.zeros((len(lanes), args.horizon)))[:, t] = value * alive
-        observations.append(tensor(obs).unflatten(0, shape))
-        alive = alive & ~(terminated | truncated)
+    generator = keyed_generator(args, *key)
+    obs = reset_lanes(envs, lanes, generator)
+    require_finite({"next_obs": obs.unsqueeze(1)}, lanes, -1, args)
+    alive = torch.ones(len(lanes), dtype=torch.bool, device=obs.device)
+    if getattr(envs, "on_device", False):
+        some_steps = graphed(play, args)
+    else:
+        some_steps = play
+        act = graphed(act, args)
+    blocks = []
+    for first in range(0, args.horizon, 100):
+        shape = (len(tasks), episodes, min(100, args.horizon - first))
+        noise = draw_noise(envs.single_action_space, shape, generator, deterministic)
+        state = {name: x for name, x in vars(envs).items() if torch.is_tensor(x)}
+        (obs, alive, state), rows = some_steps(act, params, (obs, alive, state), noise, envs, args)
+        vars(envs).update(state)
+        require_finite(rows, lanes, first, args)
+        blocks.append(rows)
         if not alive.any():
             break
 
-    batch = {name: tensor(x[:, : t + 1]).unflatten(0, shape) for name, x in steps.items()}
+    batch = {}
+    for name in {name: x for rows in blocks for name, x in rows.items()}:
+        parts = [rows.get(name, torch.zeros_like(rows["rewards"])) for rows in blocks]
+        batch[name] = torch.cat(parts, 1).unflatten(0, shape[:2])
     batch["dense_rewards"] = batch["rewards"]
     if "sparse_reward" in batch:
         batch["sparse_rewards"] = batch.pop("sparse_reward")
-    batch["obs"] = torch.stack(observations[:-1], 2)
-    batch["next_obs"] = torch.stack(observations[1:], 2)
-    batch["actions"] = torch.stack(actions, 2)
-    for name in ("obs", "next_obs", "actions"):
-        batch[name][batch["mask"] == 0] = 0
     return batch
 
 
@@ -792,12 +873,75 @@ def episode_scores(batch, mean_actions: dict | None = None) -> dict[str, torch.T
 
 
 # <<< shared: rollout
+# >>> shared: graphs
+
+GRAPHS = {}  # of this run, by what they hold and the tensors' shapes
+
+
+def graphed(function, args):
+    """function, with --cuda captured as a CUDA graph at its first call and replayed from then on.
+
+    It is called with tensors, which are copied in, and dicts, lists and tuples of them; and with
+    what the graph holds, functions, networks, optimizers, args. A number would be held too and is
+    refused. It returns tensors. There is a graph for each set of what is held and of shapes.
+    """
+    if args.cuda and args.cudagraphs and ranks()[1] == 1:
+        return partial(replay, function)
+    return function
+
+
+def replay(function, *inputs):
+    """function(*inputs), by its graph."""
+    leaves, form = tree_flatten(inputs)
+    tensors = [x for x in leaves if torch.is_tensor(x)]
+    held = [x for x in leaves if not torch.is_tensor(x)]
+    if any(isinstance(x, int | float) for x in held):
+        raise TypeError(f"a graph of {function} would hold a number: make it a tensor")
+    key = (function, str(form), *held, *((x.shape, x.dtype) for x in tensors))
+    if key not in GRAPHS:
+        GRAPHS[key] = capture(function, inputs)
+    graph, own, outputs = GRAPHS[key]
+    for mine, given in zip(own, tensors, strict=True):
+        mine.copy_(given)
+    graph.replay()
+    return tree_map(torch.clone, outputs)
+
+
+def capture(function, inputs) -> tuple:
+    """A graph of function, the tensors that it reads, and its outputs.
+
+    The call before it, which a capture needs, leaves networks, optimizers and draws as they were.
+    """
+    inputs = tree_map(lambda x: x.detach().clone() if torch.is_tensor(x) else x, inputs)
+    leaves = tree_leaves(inputs)
+
+    def state():
+        states = tree_leaves([x.state_dict() for x in leaves if hasattr(x, "state_dict")])
+        return [x for x in states if torch.is_tensor(x)]
+
+    generator = generator_of(torch.device("cuda"))
+    draws = generator.get_state()
+    saved = {x.data_ptr(): x.clone() for x in state()}
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        function(*inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    for x in state():  # an optimizer's moments are new, and begin at 0
+        x.copy_(saved.get(x.data_ptr(), torch.zeros_like(x)))
+    generator.set_state(draws)
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        outputs = function(*inputs)
+    return graph, [x for x in leaves if torch.is_tensor(x)], outputs
+
+
+# <<< shared: graphs
 # >>> shared: run
 
-FORMAT = (
-    2  # of checkpoints; those without a number are of commit 2d14005 or older, which reads them
-)
-MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "num_threads"}
+FORMAT = 3  # of checkpoints; commit e70b381 reads 2, and 2d14005 those without a number
+MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "cudagraphs", "tf32", "num_threads"}
 MAY_CHANGE |= {"eval_every", "checkpoint_every"}
 
 
@@ -822,6 +966,22 @@ def keyed_rng(seed: int, purpose: str, *key: int) -> np.random.Generator:
     """
     entropy = [seed, zlib.crc32(purpose.encode())]
     return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=key))
+
+
+@cache
+def generator_of(device: torch.device) -> torch.Generator:
+    """The one of all draws on a device, which graphs register."""
+    return torch.Generator(device)
+
+
+def keyed_generator(args, purpose: str, *key: int) -> torch.Generator:
+    """keyed_rng on the device: the one generator there, seeded; draw before it is seeded anew."""
+    seed = int(keyed_rng(args.seed, purpose, *key).integers(2**63))
+    return generator_of(device_of(args)).manual_seed(seed)
+
+
+def device_of(args) -> torch.device:
+    return torch.device("cuda" if args.cuda else "cpu")
 
 
 def ranks() -> tuple[int, int]:
@@ -923,7 +1083,10 @@ def setup(args) -> tuple:
     torch.set_num_threads(args.num_threads or share)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.torch_deterministic)
-    return args, torch.device("cuda" if args.cuda else "cpu"), checkpoint
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    GRAPHS.clear()
+    return args, device_of(args), checkpoint
 
 
 def join_ranks(args):
@@ -1072,6 +1235,8 @@ class Run:
 
     def lap(self, name: str):
         """time/{name}: add the seconds since the last lap of this iteration."""
+        if self.args.cuda:
+            torch.cuda.synchronize()
         now = time.perf_counter()
         self.times[f"time/{name}"] = self.times.get(f"time/{name}", 0) + now - self.clock
         self.clock = now
@@ -1218,6 +1383,24 @@ def report(scores: dict, tasks: np.ndarray, args, episodes: dict | None = None) 
 
 
 # <<< shared: run
+# >>> shared: adam
+
+
+def adam(parameters, lr: float, args, saved: dict | None = None, eps=1e-8) -> torch.optim.Adam:
+    """Adam in a form that a graph can hold: step sizes are tensors, to be filled.
+
+    parameters: these, or groups. saved: the state_dict of a checkpoint, of whatever device.
+    """
+    optimizer = torch.optim.Adam(parameters, lr, eps=eps, fused=True, capturable=args.cuda)
+    if saved:
+        optimizer.load_state_dict(saved)
+    for group in optimizer.param_groups:
+        lr = torch.as_tensor(group["lr"], dtype=torch.float32)
+        group |= {"lr": lr.to(device_of(args)), "capturable": args.cuda}
+    return optimizer
+
+
+# <<< shared: adam
 # >>> shared: actions
 
 
@@ -1258,10 +1441,13 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor, dim=None, keepdim=False) ->
 
 
 def discounted_sum(x: torch.Tensor, discount: float) -> torch.Tensor:
-    """y_t = Σ_{s ≥ t} discount^(s-t) x_s along the last axis, by a triangular matrix."""
+    """y_t = Σ_{s ≥ t} discount^(s-t) x_s along the last axis, by a triangular matrix, whose product
+    is in double precision, as TF32 would be too coarse.
+    """
     steps = torch.arange(x.shape[-1], device=x.device)
     ahead = steps[:, None] - steps  # (s, t)
-    return x @ torch.where(ahead >= 0, discount ** ahead.clamp(min=0).to(x.dtype), 0)
+    weights = torch.where(ahead >= 0, discount ** ahead.clamp(min=0).double(), 0)
+    return (x.double() @ weights).to(x.dtype)
 
 
 def gae(rewards, values, mask, gamma: float, gae_lambda: float) -> torch.Tensor:
