@@ -771,8 +771,8 @@ def require_finite(rows: dict, tasks: np.ndarray, first: int, args):
     for t in range(next(iter(rows.values())).shape[1]):
         for name, column in rows.items():
             bad = ~column[:, t].isfinite().reshape(len(tasks), -1).all(1)
-            if bad.any() and name == "actions":
-                fail("the policy has diverged, its actions are not finite: try smaller step sizes")
+            if bad.any() and name in ("actions", "values"):
+                fail(f"the policy has diverged, its {name} are not finite: try smaller step sizes")
             if bad.any():
                 lane = int(bad.int().argmax())
                 where = f"in lane {lane}, step {first + t}, task {tasks[lane]}"

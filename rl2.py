@@ -190,6 +190,14 @@ class Agent(nn.Module):
         self.register_buffer("value_mean", torch.zeros(()))
         self.register_buffer("value_std", torch.ones(()))
 
+    def measure(self, batch, returns):
+        """The batch's means and standard deviations become the units."""
+        measured = {"obs": batch["obs"], "reward": batch["rewards"], "value": returns}
+        for name, x in measured.items():
+            mean, std = units(x, batch["mask"])
+            getattr(self, f"{name}_mean").copy_(mean)
+            getattr(self, f"{name}_std").copy_(std)
+
     def initial_state(self, n: int) -> torch.Tensor:
         nets = 2 if self.value_memory else 1
         return self.actor.weight.new_zeros(nets, n, self.memory.gru.hidden_size)
@@ -220,6 +228,46 @@ class Agent(nn.Module):
 
 
 @torch.no_grad()
+def play(agent, lanes, noise, ends, envs, reward, args) -> tuple[tuple, dict]:
+    """Steps of an episode in all lanes, one for each of noise (N, T, A), or until none lives.
+
+    lanes: the network's state (1, N, H), feedback (N, F), obs (N, O), alive (N,), and the tensors in
+    which a family on the device keeps its state; ends (T,): 1 where the agent is told that the
+    episode is over; reward: rewards or sparse_reward. Returns lanes after the steps, and the steps.
+    """
+    state, feedback, obs, alive, tasks_state = lanes
+    vars(envs).update(tasks_state)
+    can_be_captured = obs.is_cuda and getattr(envs, "on_device", False)
+    steps = []
+    for t in range(noise.shape[1]):
+        scaled_obs = ((obs - agent.obs_mean) / agent.obs_std).clamp(-10, 10)
+        inputs = torch.cat([scaled_obs, feedback], -1)
+        dist_params, values, new_state = agent(inputs.unsqueeze(1), state)
+        actions = draw_actions(dist_params[:, 0], noise[:, t], agent.discrete)
+        logprobs = distribution(dist_params[:, 0], agent.discrete).log_prob(actions)
+        next_obs, rewards, terminated, truncated, info = step_lanes(envs, actions)
+        rewards = {"rewards": rewards, **info}.get(reward, torch.zeros_like(rewards))
+        step = {"actions": actions, "values": values[:, 0], "next_obs": next_obs, **info}
+        step |= {"rewards": rewards, "obs": obs, "inputs": inputs, "logprobs": logprobs}
+        step |= {"mask": alive}
+        steps.append(step)
+
+        # The next input tells what this step brought, also across the end of an episode. A lane
+        # whose episode is over waits for the others, its state and feedback unchanged.
+        over = terminated | truncated
+        new_feedback = agent.feedback(inputs, actions, rewards, torch.where(over, 1, ends[t]))
+        state = torch.where(alive.unsqueeze(1), new_state, state)
+        feedback = torch.where(alive.unsqueeze(1), new_feedback, feedback)
+        obs = next_obs
+        alive = alive & ~over
+        if not can_be_captured and not alive.any():
+            break
+    length = noise.shape[1] if obs.is_cuda else 0  # graphs are of one shape
+    lanes = state, feedback, obs, alive, {name: vars(envs)[name] for name in tasks_state}
+    return lanes, stack_steps(steps, length)
+
+
+@torch.no_grad()
 def collect(agent, tasks, key, args, test=False, deterministic=False) -> tuple[dict, dict]:
     """(2) A trial in each of N tasks (N, K). Returns a batch, S being the longest, and scores:
 
@@ -234,56 +282,43 @@ def collect(agent, tasks, key, args, test=False, deterministic=False) -> tuple[d
     envs = make_envs(args.env_id, n)
     episodes = (args.num_eval_steps + 1) * args.eval_episodes if test else args.episodes_per_task
     sparse = (args.test_reward if test else args.train_reward) == "sparse"
+    reward = "sparse_reward" if sparse else "rewards"
+    generator = keyed_generator(args, *key)
     state = agent.initial_state(n)
     feedback = state.new_zeros(n, agent.feedback_size)
-    tensor = partial(torch.as_tensor, dtype=state.dtype, device=state.device)
-    rng = keyed_rng(args.seed, *key)
-    draw = rng.gumbel if agent.discrete else rng.normal
-    steps = []
-    scores = {"return": np.zeros((n, episodes))}
+    some_steps = graphed(play, args) if getattr(envs, "on_device", False) else play
+    blocks = []
+    scores = {"return": state.new_zeros(n, episodes)}
     for episode in range(episodes):
-        obs, _ = envs.reset(seed=int(rng.integers(2**31)), options={"task": tasks})
-        noise = tensor(draw(size=(n, args.horizon, agent.action_size)) * (not deterministic))
-        alive = np.ones(n, bool)
-        require_finite(args.env_id, {"observation": obs}, alive, tasks, -1)
-        for t in range(args.horizon):
-            raw_obs = tensor(obs)
-            scaled_obs = ((raw_obs - agent.obs_mean) / agent.obs_std).clamp(-10, 10)
-            inputs = torch.cat([scaled_obs, feedback], -1)
-            dist_params, values, new_state = agent(inputs[:, None], state)
-            actions = draw_actions(dist_params[:, 0], noise[:, t], agent.discrete)
-            logprobs = distribution(dist_params[:, 0], agent.discrete).log_prob(actions)
-            chosen = require_finite_actions(actions.cpu().numpy())
-            obs, rewards, terminated, truncated, info = envs.step(chosen)
-            told = {"observation": obs, "reward": rewards, **info}
-            require_finite(args.env_id, told, alive, tasks, t)
-            rewards = alive * (info.get("sparse_reward", np.zeros(n)) if sparse else rewards)
-            step = {"obs": raw_obs, "inputs": inputs, "actions": actions, "logprobs": logprobs}
-            step |= {"values": values[:, 0], "rewards": tensor(rewards), "mask": tensor(alive)}
-            steps.append(step)
-            scores["return"][:, episode] += rewards
-            if "success" in info:
-                success = scores.setdefault("success", np.zeros((n, episodes)))[:, episode]
-                np.maximum(success, info["success"] * alive, out=success)
-
-            # The next input tells what this step brought, also across the end of an episode. A lane
-            # whose episode is over waits for the others, its state and feedback unchanged.
-            last_step = t + 1 == args.horizon or getattr(envs, "ends_every_step", False)
-            episode_over = tensor(terminated | truncated | last_step)
-            new_feedback = agent.feedback(inputs, actions, tensor(rewards), episode_over)
-            still_playing = step["mask"][:, None] == 1
-            state = torch.where(still_playing, new_state, state)
-            feedback = torch.where(still_playing, new_feedback, feedback)
-            alive = alive & ~(terminated | truncated)
+        obs = reset_lanes(envs, tasks, generator)
+        require_finite({"next_obs": obs.unsqueeze(1)}, tasks, -1, args)
+        alive = torch.ones(n, dtype=torch.bool, device=obs.device)
+        for first in range(0, args.horizon, 100):
+            t = torch.arange(first, min(first + 100, args.horizon), device=obs.device)
+            noise = draw_noise(envs.single_action_space, (n, len(t)), generator, deterministic)
+            ends = (t + 1 == args.horizon) | getattr(envs, "ends_every_step", False)
+            tasks_state = {name: x for name, x in vars(envs).items() if torch.is_tensor(x)}
+            lanes = state, feedback, obs, alive, tasks_state
+            lanes, rows = some_steps(agent, lanes, noise, ends.to(obs), envs, reward, args)
+            state, feedback, obs, alive, tasks_state = lanes
+            vars(envs).update(tasks_state)
+            require_finite(rows, tasks, first, args)
+            scores["return"][:, episode] += rows["rewards"].sum(1)
+            if "success" in rows:
+                hits = scores.setdefault("success", state.new_zeros(n, episodes))[:, episode]
+                torch.maximum(hits, rows["success"].amax(1), out=hits)
+            blocks.append(rows)
             if not alive.any():
                 break
-    batch = {name: torch.stack([step[name] for step in steps], 1) for name in step}
+    names = ("obs", "inputs", "actions", "logprobs", "values", "rewards", "mask")
+    batch = {name: torch.cat([rows[name] for rows in blocks], 1) for name in names}
 
     # cut the waiting out: first what was played, in its order, then what pads to the longest trial
     order = batch["mask"].sort(dim=1, descending=True, stable=True).indices
-    order = order[:, : int(batch["mask"].sum(1).max())]
+    if not args.cuda:  # graphs are of one shape
+        order = order[:, : int(batch["mask"].sum(1).max())]
     batch = {name: x[torch.arange(n, device=x.device)[:, None], order] for name, x in batch.items()}
-    return batch, {name: tensor(score) for name, score in scores.items()}
+    return batch, scores
 
 
 def units(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -311,26 +346,44 @@ def ppo_loss(agent, batch, count, ent_coef, args) -> tuple[torch.Tensor, dict]:
     return loss, {f"losses/{name}": part.detach() for name, part in parts.items()}
 
 
-def update(agent, optimizer, batch, key, left, args) -> dict[str, float]:
-    """(4), (5) PPO on all ranks' trials; left: factor on step size and weight of the entropy."""
-    optimizer.param_groups[0]["lr"] = left * args.learning_rate
-    rng = keyed_rng(args.seed, *key)
+def ppo_steps(agent, optimizer, batch, orders, ent_coef, args) -> tuple[dict, torch.Tensor]:
+    """(4), (5) Steps on minibatches of all ranks' trials, which orders (epochs, N) deals out.
+
+    Returns the means of the loss's parts, and the sum of the gradients' norms.
+    """
     logged = []
-    for _ in range(args.update_epochs):
-        for trials in np.array_split(rng.permutation(len(batch["mask"])), args.num_minibatches):
+    norms = 0
+    for order in orders:
+        for trials in order.tensor_split(args.num_minibatches):
             minibatch = {name: x[trials] for name, x in batch.items()}
             count = all_reduce(minibatch["mask"].sum())
-            loss, parts = ppo_loss(agent, minibatch, count, left * args.ent_coef, args)
+            loss, parts = ppo_loss(agent, minibatch, count, ent_coef, args)
             optimizer.zero_grad()
             loss.backward()
             for p in agent.parameters():
                 p.grad = all_reduce(p.grad)
-            norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-            if not norm.isfinite():
-                fail("the gradient is not finite: try a smaller --learning-rate")
+            norms += nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             logged.append(parts)
-    return {name: all_reduce(sum(x[name] for x in logged)).item() / len(logged) for name in parts}
+    means = {name: all_reduce(sum(x[name] for x in logged)) / len(logged) for name in parts}
+    return means, norms
+
+
+def update(agent, optimizer, batch, key, left, args) -> dict[str, float]:
+    """(4), (5) PPO; left: factor on step size and weight of the entropy. Returns losses/*."""
+    generator = keyed_generator(args, *key)
+    device = generator.device
+    n = len(batch["mask"])
+    orders = [
+        torch.randperm(n, generator=generator, device=device) for _ in range(args.update_epochs)
+    ]
+    optimizer.param_groups[0]["lr"].fill_(left * args.learning_rate)
+    ent_coef = torch.full((), left * args.ent_coef, device=device)
+    steps = graphed(ppo_steps, args)
+    means, norms = steps(agent, optimizer, batch, torch.stack(orders), ent_coef, args)
+    if not norms.isfinite():
+        fail("the gradient is not finite: try a smaller --learning-rate")
+    return {name: mean.item() for name, mean in means.items()}
 
 
 def evaluate(agent, tasks, args) -> tuple[dict, dict]:
@@ -375,8 +428,8 @@ def main(args: Args) -> dict[str, float]:
     trial_length = args.horizon * args.episodes_per_task
     agent = Agent(obs_size, envs.single_action_space, trial_length, args).to(device)
     agent.load_state_dict(restore(agent.state_dict(), checkpoint.get("agent")))
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5)  # CleanRL's
-    optimizer.load_state_dict(checkpoint.get("optimizer", optimizer.state_dict()))
+    saved = checkpoint.get("optimizer")
+    optimizer = adam(agent.parameters(), args.learning_rate, args, saved, eps=1e-5)  # CleanRL's
 
     if args.evaluate:
         scores, episodes = evaluate(agent, test_tasks, args)
@@ -394,9 +447,7 @@ def main(args: Args) -> dict[str, float]:
             losses = {}
             if run.iteration == 1:  # its trials are for the units alone
                 returns = discounted_sum(batch["rewards"], args.gamma)
-                agent.obs_mean, agent.obs_std = units(batch["obs"], batch["mask"])
-                agent.reward_mean, agent.reward_std = units(batch["rewards"], batch["mask"])
-                agent.value_mean, agent.value_std = units(returns, batch["mask"])
+                agent.measure(batch, returns)
             else:
                 # (3) advantages over the whole trial
                 rewards, values = batch["rewards"], batch["values"]
@@ -772,8 +823,8 @@ def require_finite(rows: dict, tasks: np.ndarray, first: int, args):
     for t in range(next(iter(rows.values())).shape[1]):
         for name, column in rows.items():
             bad = ~column[:, t].isfinite().reshape(len(tasks), -1).all(1)
-            if bad.any() and name == "actions":
-                fail("the policy has diverged, its actions are not finite: try smaller step sizes")
+            if bad.any() and name in ("actions", "values"):
+                fail(f"the policy has diverged, its {name} are not finite: try smaller step sizes")
             if bad.any():
                 lane = int(bad.int().argmax())
                 where = f"in lane {lane}, step {first + t}, task {tasks[lane]}"
@@ -1396,6 +1447,7 @@ class BanditEnvs(gym.vector.VectorEnv):
     """
 
     metadata: ClassVar = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
+    on_device = True
     ends_every_step = True  # the agent is told so, as a pull is an episode in the paper
 
     def __init__(self, env_id: str, num_envs: int):
@@ -1409,15 +1461,15 @@ class BanditEnvs(gym.vector.VectorEnv):
         return rng.uniform(size=(n, self.arms))
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        self.rng = np.random.default_rng(seed)
         self.probabilities = options["task"]
-        return np.zeros((self.num_envs, 0)), {}
+        self.generator = options["generator"]
+        return self.probabilities[:, :0], {}
 
-    def step(self, actions: np.ndarray):
-        chance = self.probabilities[np.arange(self.num_envs), actions]
-        pays = self.rng.uniform(size=self.num_envs) < chance
-        never = np.zeros(self.num_envs, bool)
-        return np.zeros((self.num_envs, 0)), pays.astype(float), never, never, {}
+    def step(self, actions: torch.Tensor):
+        chance = self.probabilities.gather(1, actions.unsqueeze(1)).squeeze(1)
+        drawn = torch.rand(chance.shape, generator=self.generator, device=chance.device)
+        never = torch.zeros_like(chance, dtype=torch.bool)
+        return self.probabilities[:, :0], (drawn < chance).to(chance), never, never, {}
 
 
 class TabularMDPEnvs(gym.vector.VectorEnv):
@@ -1428,6 +1480,7 @@ class TabularMDPEnvs(gym.vector.VectorEnv):
     """
 
     metadata: ClassVar = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
+    on_device = True
     horizon = 10
 
     def __init__(self, env_id: str, num_envs: int):
@@ -1443,19 +1496,25 @@ class TabularMDPEnvs(gym.vector.VectorEnv):
         return np.hstack([mean, transitions.reshape(n, 500)])
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        self.rng = np.random.default_rng(seed)
         self.mean = options["task"][:, :50]
-        self.transitions = options["task"][:, 50:].reshape(-1, 50, 10)
-        self.state = np.zeros(self.num_envs, int)
-        return np.eye(10)[self.state], {}
+        self.transitions = options["task"][:, 50:].unflatten(1, (50, 10))
+        self.generator = options["generator"]
+        self.state = torch.zeros_like(self.mean[:, 0], dtype=torch.long)
+        return self._obs(), {}
 
-    def step(self, actions: np.ndarray):
-        pair = np.arange(self.num_envs), 5 * self.state + actions
-        rewards = self.mean[pair] + self.rng.normal(size=self.num_envs)
-        draws = self.rng.uniform(size=(self.num_envs, 1))
-        self.state = (self.transitions[pair].cumsum(1)[:, :-1] < draws).sum(1)
-        never = np.zeros(self.num_envs, bool)
-        return np.eye(10)[self.state], rewards, never, never, {}
+    def step(self, actions: torch.Tensor):
+        pair = (5 * self.state + actions).unsqueeze(1)
+        mean = self.mean.gather(1, pair).squeeze(1)
+        chances = self.transitions.gather(1, pair.unsqueeze(2).expand(-1, 1, 10)).squeeze(1)
+        noise = torch.randn(mean.shape, generator=self.generator, device=mean.device)
+        rates = torch.empty_like(chances).exponential_(generator=self.generator)
+        self.state = (chances / rates).argmax(1)  # a race: the first of clocks of these speeds
+        never = torch.zeros_like(mean, dtype=torch.bool)
+        return self._obs(), mean + noise, never, never, {}
+
+    def _obs(self) -> torch.Tensor:
+        states = torch.arange(10, device=self.state.device)
+        return (self.state.unsqueeze(1) == states).to(self.mean)
 
 
 def register_own(env_id: str):

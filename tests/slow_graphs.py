@@ -6,11 +6,20 @@ import contextlib
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-HOST = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "_unique2", "linalg_solve_ex", "equal")
+HOST = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "lift_fresh",
+    "_unique2",
+    "linalg_solve_ex",
+    "equal",
+)
 # what torch 2.11 refuses on a GPU with deterministic algorithms
 NOT_DETERMINISTIC = ("histc", "put_", "kthvalue", "median")
+IN_SHAPE = ("squeeze_", "unsqueeze_", "transpose_", "t_", "as_strided_", "swapaxes_")
 
 
 def tensors(x):
@@ -21,6 +30,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, graph):
         super().__init__()
         self.graph = graph
+        self.written = []
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         name = op.overloadpacket.__name__
@@ -29,8 +39,13 @@ class Recorder(TorchDispatchMode):
             raise RuntimeError(f"operation not permitted when stream is capturing: {op}")
         if name in NOT_DETERMINISTIC or (name == "cumsum" and args[0].is_floating_point()):
             raise RuntimeError(f"{op} does not have a deterministic implementation on a GPU")
+        # an operation like squeeze_ changes a tensor's shape for good: hold views that keep theirs
+        held = tree_map(lambda x: x.detach() if torch.is_tensor(x) else x, (args, kwargs or {}))
+        if op._schema.is_mutable:
+            self.written += [(x, x.clone()) for x in tensors(held)]
         outputs = op(*args, **(kwargs or {}))
-        self.graph.operations.append((op, args, kwargs or {}, outputs))
+        if name not in IN_SHAPE:
+            self.graph.operations.append((op, *held, [x.detach() for x in tensors(outputs)]))
         return outputs
 
 
@@ -49,16 +64,22 @@ class Graph:
     def replay(self):
         self.replays += 1
         for op, args, kwargs, outputs in self.operations:
-            for old, new in zip(tensors(outputs), tensors(op(*args, **kwargs)), strict=True):
+            for old, new in zip(outputs, tensors(op(*args, **kwargs)), strict=True):
                 if old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
 
 @contextlib.contextmanager
 def record(graph):
-    """In place of torch.cuda.graph; a capture computes nothing that lasts."""
-    with Recorder(graph):
+    """In place of torch.cuda.graph; a capture computes nothing."""
+    draws = [generator.get_state() for generator in graph.generators]
+    with Recorder(graph) as recorder:
         yield
+    with torch.no_grad():
+        for x, before in reversed(recorder.written):
+            x.copy_(before)
+    for generator, before in zip(graph.generators, draws, strict=True):
+        generator.set_state(before)
 
 
 class Stream(contextlib.nullcontext):

@@ -167,23 +167,23 @@ def make_problem(discrete=False, num_steps=1, learn=False, n=3, sizes=None, **fl
     return p
 
 
-def map_of(p, **flags):
-    """What main gives to meta_update."""
-    return partial(
-        module.adapted_policies,
-        like=p.meta,
-        inner_batches=p.inner,
-        obs=p.outer["obs"],
-        policy=p.policy,
-        args=replace(p.args, **flags),
-    )
+def map_of(p, inner=None, outer=None, **flags):
+    """What main gives to meta_update, of the meta-parameters alone."""
+    batches = [*(p.inner if inner is None else inner), outer or p.outer]
+    data = {"meta": p.meta, "batches": batches}
+    args = replace(p.args, **flags)
+    return partial(module.adapted_policies, data=data, policy=p.policy, args=args)
 
 
 def update(p, dist_of=None, penalty=None, **flags):
     """meta_update on a problem: the new vector, and what it logs."""
-    dist_of = dist_of or map_of(p, **flags)
     args = replace(p.args, **flags)
-    return module.meta_update(p.vector, dist_of, p.outer, p.policy, args, penalty)
+    data = {"meta": p.meta, "batches": [*p.inner, p.outer]}
+    does = module.adapted_policies
+    if dist_of:
+        does = lambda vector, data, policy, args: dist_of(vector)  # noqa: E731
+    more = penalty and (lambda vector, data, args: penalty(vector))
+    return module.meta_update(p.vector, data, does, p.policy, args, more)
 
 
 def step_of(p, penalty=None, **flags):
@@ -347,7 +347,7 @@ def test_lvc_std_where_a_task_has_no_advantages():
     """As without any reward: the task's step is 0, whatever θ, and nothing is divided by 0."""
     p = make_problem(inner_loss="lvc-std")
     p.inner[0]["advantages"][1] = 0
-    dist_of, still = map_of(p), partial(map_of(p), inner_batches=[])
+    dist_of, still = map_of(p), map_of(p, inner=[])
     assert error(dist_of(p.vector)[1], still(p.vector)[1]) < 1e-12
     assert error(jacrev(dist_of)(p.vector)[1], jacrev(still)(p.vector)[1]) < 1e-12
 
@@ -596,7 +596,7 @@ def test_adapted_policies_of_many_tasks_are_those_of_each(kind, sizes):
     for i in range(p.n):
         one = slice(i, i + 1)
         inner = [of_task(batch, one) for batch in p.inner]
-        of_one = partial(map_of(p), inner_batches=inner, obs=p.outer["obs"][one])
+        of_one = map_of(p, inner, of_task(p.outer, one))
         alone, pull_alone = vjp(of_one, p.vector)
         torch.testing.assert_close(alone[0], together[i])
         gradient += pull_alone(cotangent[one])[0]
@@ -740,10 +740,10 @@ def test_collect_acts_with_each_tasks_own_policy_and_the_keys_noise(env_id):
     key = ("train", 5, 0)
     batch = module.collect(params, tasks, key, policy, args)
     greedy = module.collect(params, tasks, key, policy, args, deterministic=True)
-    rng = module.keyed_rng(args.seed, *key)
-    draw = rng.gumbel if policy.discrete else rng.normal
-    size = len(params["net.4.bias"][0])
-    noise = torch.as_tensor(draw(size=(3, 4, args.horizon, size)))
+    generator = module.keyed_generator(args, *key)
+    envs = module.make_envs(env_id, 12)
+    module.reset_lanes(envs, tasks.repeat(4, axis=0), generator)
+    noise = module.draw_noise(envs.single_action_space, (3, 4, args.horizon), generator)
     for data, scale in ((batch, 1), (greedy, 0)):
         length = data["mask"].shape[-1]
         for i in range(3):

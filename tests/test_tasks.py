@@ -1,6 +1,7 @@
 """The shared block `tasks`: families against their formulas and known returns, user environments, rollouts."""
 
 import importlib
+import math
 import sys
 
 import gymnasium as gym
@@ -24,15 +25,22 @@ def forget(monkeypatch):
     monkeypatch.setattr(Ragged, "made", [])
 
 
+def begin(envs, tasks):
+    """The observations after a reset, by draws that are not those of the tasks: starts would equal goals."""
+    generator = torch.Generator().manual_seed(99)
+    obs, _ = envs.reset(options={"task": torch.as_tensor(tasks), "generator": generator})
+    return obs.numpy()
+
+
 def play(envs, tasks, act):
-    """One episode; act: (obs, t) -> actions. Yields what each step returned, after the observation before it."""
-    obs, _ = envs.reset(
-        seed=99, options={"task": tasks}
-    )  # not the seed of the tasks: starts would equal goals
+    """One episode of a family on the device, in numpy; act: (obs, t) -> actions. Yields what each step returned,
+    after the observation before it."""
+    obs = begin(envs, tasks)
     for t in range(envs.horizon):
         before = obs.copy()
-        obs, reward, terminated, _, info = envs.step(act(before, t))
-        yield before, obs.copy(), reward, terminated.copy(), info
+        told = envs.step(torch.as_tensor(act(before, t)))
+        obs, reward, terminated, _ = (x.numpy() for x in told[:4])
+        yield before, obs, reward, terminated, {name: x.numpy() for name, x in told[4].items()}
 
 
 def make(env_id, n, seed=0):
@@ -126,14 +134,14 @@ def test_known_returns(env_id, act, known, tolerance):
 )
 def test_starts(env_id, start):
     envs, tasks = make(env_id, 1000)
-    obs, _ = envs.reset(seed=0, options={"task": tasks})
+    obs = begin(envs, tasks)
     assert abs(obs).max() == pytest.approx(start, abs=0.01)
     assert obs.std(0) == pytest.approx(start / 3**0.5, abs=0.05)
 
 
 def test_multimodal_starts():
     envs, tasks = make("MultimodalNavigation4-v0", 1000)
-    obs, _ = envs.reset(seed=0, options={"task": tasks})
+    obs = begin(envs, tasks)
     assert abs(obs).max(0) == pytest.approx([0.2, 0.2, 0.1, 0.1], abs=0.01)
     assert obs.std(0) == pytest.approx(np.array([0.2, 0.2, 0.1, 0.1]) / 3**0.5, abs=0.01)
 
@@ -246,13 +254,8 @@ def test_rollout_ignores_what_a_lane_reports_after_its_end(monkeypatch):
 
     def careless(actions):
         obs, reward, terminated, truncated, _ = step(actions)
-        return (
-            obs,
-            np.ones_like(reward),
-            terminated & (reward != 0),
-            truncated,
-            {"success": np.ones(20)},
-        )
+        paid = torch.ones_like(reward)
+        return obs, paid, terminated & (reward != 0), truncated, {"success": paid > 0}
 
     monkeypatch.setattr(envs, "step", careless)
     batch = point_rollout(envs, tasks)
@@ -283,7 +286,7 @@ def record_tasks(envs_class, monkeypatch):
     met, reset = set(), envs_class.reset
 
     def recorded(envs, *, seed=None, options=None):
-        met.update(map(tuple, options["task"]))
+        met.update(map(tuple, options["task"].tolist()))
         return reset(envs, seed=seed, options=options)
 
     monkeypatch.setattr(envs_class, "reset", recorded)
@@ -305,7 +308,8 @@ def test_tasks_come_from_the_task_seed_alone(script, train, monkeypatch):
             num_test_tasks=7,
             total_timesteps=6 * 160,
         )
-        assert met == set(map(tuple, [*train_tasks, *test_tasks]))  # each of them, and no others
+        drawn = np.concatenate([train_tasks, test_tasks]).astype(np.float32)
+        assert met == set(map(tuple, drawn.tolist()))  # each of them, and no others
 
 
 @pytest.mark.parametrize("name", FRESH)
@@ -595,11 +599,8 @@ def test_actions_and_observations_of_no_numbers(monkeypatch, train):
 def test_actions_that_are_not_finite_are_the_policys_fault(script, train, monkeypatch):
     """A policy that has diverged is named, not the first environment that it acts in."""
 
-    class Diverged(np.random.Generator):
-        def normal(self, *args, **kwargs):  # the noise of actions
-            return np.nan * super().normal(*args, **kwargs)
-
-    monkeypatch.setattr(script, "keyed_rng", lambda *key: Diverged(np.random.PCG64(0)))
+    noise = script.draw_noise
+    monkeypatch.setattr(script, "draw_noise", lambda *args: math.nan * noise(*args))
     with pytest.raises(
         SystemExit, match=r"^error: the policy has diverged, its actions are not finite"
     ):
