@@ -205,7 +205,8 @@ class Agent(nn.Module):
     def feedback(self, inputs, actions, rewards, episode_over) -> torch.Tensor:
         """What the next input tells of this step: a (one-hot, or clipped), r, d and perhaps o."""
         if self.discrete:
-            actions = nn.functional.one_hot(actions, self.action_size)
+            choices = torch.arange(self.action_size, device=actions.device)
+            actions = (actions.unsqueeze(1) == choices).to(rewards)
         rewards = ((rewards - self.reward_mean) / self.reward_std).clamp(-10, 10)
         obs = inputs[:, : self.last_obs_size]
         return torch.cat([actions.clamp(-1, 1), rewards[:, None], episode_over[:, None], obs], -1)
@@ -228,7 +229,7 @@ class Agent(nn.Module):
 
 
 @torch.no_grad()
-def play(agent, lanes, noise, ends, envs, reward, args) -> tuple[tuple, dict]:
+def play_episode(agent, lanes, noise, ends, envs, reward, args) -> tuple[tuple, dict]:
     """Steps of an episode in all lanes, one for each of noise (N, T, A), or until none lives.
 
     lanes: the network's state (1, N, H), feedback (N, F), obs (N, O), alive (N,), and the tensors in
@@ -286,7 +287,7 @@ def collect(agent, tasks, key, args, test=False, deterministic=False) -> tuple[d
     generator = keyed_generator(args, *key)
     state = agent.initial_state(n)
     feedback = state.new_zeros(n, agent.feedback_size)
-    some_steps = graphed(play, args) if getattr(envs, "on_device", False) else play
+    some_steps = graphed(play_episode, args) if getattr(envs, "on_device", False) else play_episode
     blocks = []
     scores = {"return": state.new_zeros(n, episodes)}
     for episode in range(episodes):
