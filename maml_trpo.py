@@ -431,22 +431,24 @@ class PointEnvs(gym.vector.VectorEnv):
 class UserEnvs(gym.vector.VectorEnv):
     """A registered environment that has sample_tasks(n) and set_task(task), lane by lane.
 
-    Held-out tasks come from its sample_test_tasks(n) if it has one. [-1, 1] is mapped to the bounds
-    of its Box actions; info["sparse_reward"] and info["success"] are passed on. See docs/tasks.md.
+    They, and sample_test_tasks(n) for held-out tasks of their own, may be a wrapper's. Vectors in
+    [-1, 1] become actions; info["sparse_reward"] and info["success"] are passed on. docs/tasks.md.
     """
 
     def __init__(self, env_id: str, num_envs: int):
         self.env_id = env_id
         self.num_envs = num_envs
         self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
-        first = self.envs[0]
+        atexit.register(self.close)
         for method in ("sample_tasks", "set_task"):
-            if not callable(getattr(first.unwrapped, method, None)):
+            if not callable(self.of_env(method)):
                 fail(f"{env_id} is no family of tasks: it has no method {method} (docs/tasks.md)")
-        self.native_obs = first.observation_space
-        self.native = first.action_space
+        self.native_obs = self.envs[0].observation_space
+        self.native = self.envs[0].action_space
         if not getattr(self.native_obs, "is_np_flattenable", False):
             fail(f"{env_id} has observations that no vector holds: {self.native_obs}")
+        if self.native_obs.dtype == np.uint8 and len(self.native_obs.shape) == 3:
+            fail(f"{env_id} has images as observations, {self.native_obs}; vectors are supported")
         if math.prod(getattr(self.native, "shape", None) or ()) == 0:
             fail(f"{env_id} has no actions: {self.native}")
         if not isinstance(self.native, gym.spaces.Box | gym.spaces.Discrete):
@@ -458,12 +460,17 @@ class UserEnvs(gym.vector.VectorEnv):
         self.single_action_space = (
             self.native if self.discrete else gym.spaces.Box(-1, 1, (size,), np.float64)
         )
-        self.horizon = first.spec.max_episode_steps or 0
-        self.num_modes = getattr(first.unwrapped, "num_modes", 0)
+        self.horizon = self.envs[0].spec.max_episode_steps or 0
+        self.num_modes = self.of_env("num_modes") or 0
+
+    def of_env(self, name: str, lane: int = 0):
+        """An attribute of a lane's environment or of its wrappers; None if there is none."""
+        env = self.envs[lane]
+        return env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else None
 
     def sample_tasks(self, n: int, rng, method: str = "sample_tasks") -> np.ndarray:
-        self.envs[0].reset(seed=int(rng.integers(2**31)))
-        tasks = getattr(self.envs[0].unwrapped, method)(n)
+        self.envs[0].unwrapped.np_random = rng
+        tasks = self.of_env(method)(n)
         try:
             array = np.asarray(tasks)
         except ValueError:  # rows of several lengths
@@ -476,7 +483,7 @@ class UserEnvs(gym.vector.VectorEnv):
         return array
 
     def sample_test_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        own = hasattr(self.envs[0].unwrapped, "sample_test_tasks")
+        own = self.of_env("sample_test_tasks")
         return self.sample_tasks(n, rng, "sample_test_tasks" if own else "sample_tasks")
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -484,46 +491,73 @@ class UserEnvs(gym.vector.VectorEnv):
         self.obs = np.zeros((self.num_envs, *self.single_observation_space.shape))
         self.terminated = np.zeros(self.num_envs, bool)
         self.truncated = np.zeros(self.num_envs, bool)
-        for env, task in zip(self.envs, options["task"], strict=True):
-            env.unwrapped.set_task(task)
+        for i, task in enumerate(options["task"]):
+            self.of_env("set_task", i)(task)
         for i, env in enumerate(self.envs):
-            self.obs[i] = self._flat(env.reset(seed=int(seeds[i]))[0])
+            told = env.reset(seed=int(seeds[i]))
+            if not isinstance(told, tuple) or len(told) != 2:
+                fail(f"{self.env_id}: reset must return obs and info, not {told!r:.80}")
+            self.obs[i] = self._flat("reset", told[0])
         return self.obs.copy(), {}
 
     def step(self, actions: np.ndarray):
-        if self.discrete:
-            actions = self.native.start + actions
-        else:
-            low, high = (-1, 1)
-            if self.native.is_bounded():
-                low, high = self.native.low, self.native.high
-            share = (np.clip(actions, -1, 1).reshape(-1, *self.native.shape) + 1) / 2
-            actions = low + share * (high - low)
+        actions = self._native(actions)
         rewards = np.zeros(self.num_envs)
         infos = {}
         for i in np.flatnonzero(~(self.terminated | self.truncated)):
-            action = actions[i].astype(self.native.dtype)
-            obs, reward, self.terminated[i], self.truncated[i], info = self.envs[i].step(action)
-            self.obs[i] = self._flat(obs)
+            try:
+                obs, reward, terminated, truncated, info = self.envs[i].step(actions[i])
+                names = info.keys() & {"sparse_reward", "success"}
+            except (AttributeError, ValueError) as error:
+                if not re.search("values to unpack|attribute 'keys'", str(error)):
+                    raise
+                needed = "obs, reward, terminated, truncated and a dictionary"
+                fail(f"{self.env_id}: step must return {needed} ({error})")
+            self.obs[i] = self._flat("step", obs)
             rewards[i] = self._number("reward", reward)
-            for name in info.keys() & {"sparse_reward", "success"}:
+            self.terminated[i] = self._number("terminated", terminated)
+            self.truncated[i] = self._number("truncated", truncated)
+            for name in names:
                 infos.setdefault(name, np.zeros(self.num_envs))[i] = self._number(name, info[name])
         return self.obs.copy(), rewards, self.terminated.copy(), self.truncated.copy(), infos
 
-    def _flat(self, obs) -> np.ndarray:
+    def close_extras(self, **kwargs):
+        for env in self.envs:
+            env.close()
+
+    def _native(self, actions: np.ndarray) -> np.ndarray:
+        """Its own actions. Where both bounds are finite [-1, 1] is mapped to them, integers with
+        equal shares; elsewhere an action is clipped to the bound that there is.
+        """
+        space = self.native
+        if self.discrete:
+            return (space.start + actions).astype(space.dtype)
+        whole = space.dtype.kind in "biu"
+        largest = math.inf if whole else np.finfo(space.dtype).max
+        low, high = space.low.astype(float), space.high.astype(float)
+        actions = actions.reshape(-1, *space.shape)
+        share = (np.clip(actions, -1, 1) + 1) / 2
+        with np.errstate(invalid="ignore", over="ignore"):
+            within = low + share * (high - low + whole)
+        actions = np.where((low > -largest) & (high < largest), within, actions)
+        return np.clip(np.floor(actions) if whole else actions, low, high).astype(space.dtype)
+
+    def _flat(self, method: str, obs) -> np.ndarray:
         """An observation as a vector; ends the program if it is none of its space."""
         try:
             flat = gym.spaces.flatten(self.native_obs, obs)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             flat = np.empty(0)
         if np.shape(flat) != self.single_observation_space.shape or flat.dtype.kind not in "biuf":
-            fail(f"{self.env_id}: the observation {obs!r:.80} is not in {self.native_obs}")
+            fail(
+                f"{self.env_id}: {method} returned {obs!r:.80}, no observation in {self.native_obs}"
+            )
         return flat
 
     def _number(self, name: str, value) -> float:
         number = np.asarray(value)
         if number.size != 1 or number.dtype.kind not in "biuf":
-            fail(f"{self.env_id}: {name} must be a number, not {value!r:.80}")
+            fail(f"{self.env_id}: step returned {name} {value!r:.80}, which must be one number")
         return number.item()
 
 
@@ -582,11 +616,14 @@ def make_tasks(args) -> tuple[gym.vector.VectorEnv, np.ndarray, np.ndarray]:
         train = envs.sample_tasks(args.num_train_tasks, np.random.default_rng([args.task_seed, 0]))
     sample = getattr(envs, "sample_test_tasks", envs.sample_tasks)
     test = sample(args.num_test_tasks, np.random.default_rng([args.task_seed, 1]))
-    if "sparse" in (args.train_reward, args.test_reward):
-        obs = reset_lanes(envs, test[:1], keyed_generator(args, "sparse reward"))
+    sparse = "sparse" in (args.train_reward, args.test_reward)
+    if sparse or isinstance(envs, UserEnvs):  # see what a step brings, before many lanes are made
+        generator = keyed_generator(args, "first step")
+        reset_lanes(envs, test[:1], generator)
         space = envs.single_action_space
-        nothing = torch.as_tensor(np.zeros((1, *space.shape), space.dtype), device=obs.device)
-        if "sparse_reward" not in step_lanes(envs, nothing)[4]:
+        nothing = torch.as_tensor(np.zeros((1, *space.shape), space.dtype))
+        info = step_lanes(envs, nothing.to(generator.device))[4]
+        if sparse and "sparse_reward" not in info:
             fail(f"{args.env_id} reports no sparse reward")
     return envs, train, test
 

@@ -126,12 +126,14 @@ def play_mdps(tasks: np.ndarray, episodes: int, belief, rng) -> np.ndarray:
     counts = np.zeros((n, 10, 5, 10))
     total = np.zeros(n)
     for _ in range(episodes):
-        obs, _ = envs.reset(seed=int(rng.integers(2**31)), options={"task": tasks})
+        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+        told = {"task": torch.as_tensor(tasks), "generator": generator}
+        obs = envs.reset(options=told)[0].numpy()
         actions = plan(*belief(visits, sums, counts), envs.horizon)
         for t in range(envs.horizon):
             state = obs.argmax(1)
             action = actions[t, lanes, state]
-            obs, reward, *_ = envs.step(action)
+            obs, reward = (x.numpy() for x in envs.step(torch.as_tensor(action))[:2])
             visits[lanes, state, action] += 1
             sums[lanes, state, action] += reward
             counts[lanes, state, action, obs.argmax(1)] += 1

@@ -87,9 +87,10 @@ def test_python_in_the_readme_runs(train, tmp_path):
 
 
 def test_python_of_the_tasks_page_runs(script, train, tmp_path):
-    """Both doors, each saved as the page says."""
+    """The three doors, each saved as the page says."""
     text = read(ROOT / "docs" / "tasks.md")
-    for module, env_id in (("my_tasks", "Reach-v0"), ("my_lanes", "Reaches-v0")):
+    pages = [("my_tasks", "Reach-v0"), ("my_lanes", "Reaches-v0")]
+    for module, env_id in [*pages, ("my_tensors", "DriftingReaches-v0")]:
         (source,) = (x for x in code(text, "python") if f'gym.register("{env_id}"' in x)
         (tmp_path / f"{module}.py").write_text(source)
         _, metrics = train(script, env_id=f"{module}:{env_id}", horizon=0, total_timesteps=700)
