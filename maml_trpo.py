@@ -47,11 +47,11 @@ import threading
 import time
 import zipfile
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
-from typing import ClassVar, Literal, NoReturn
+from typing import ClassVar, Literal, NoReturn, get_args, get_type_hints
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends quietly, during these imports too
@@ -92,6 +92,7 @@ class Args:
     cudagraphs: bool = True  # with --cuda: replay what repeats as CUDA graphs (the same numbers, sooner)
     tf32: bool = False  # with --cuda: matrix products in TF32
     torch_deterministic: bool = True  # use deterministic kernels only
+    track: bool = False  # log to Weights & Biases too; WANDB_PROJECT and WANDB_ENTITY say where
     num_threads: int = 0  # CPU threads of torch and of the simulator (0: all cores)
     eval_every: int = 25  # iterations between meta-tests
     checkpoint_every: int = 10  # iterations between checkpoints
@@ -268,7 +269,7 @@ def evaluate(meta, tasks, policy, args) -> tuple[dict, dict]:
     theta, step_sizes = split(meta, args)
     scores = [[] for _ in range(args.num_eval_steps + 1)]
     episodes = {}
-    for first in range(0, len(tasks), args.meta_batch_size):
+    for first in progress(range(0, len(tasks), args.meta_batch_size), args):
         group = tasks[np.arange(first, first + args.meta_batch_size) % len(tasks)]  # wraps around
         params = {name: p.expand(len(group), *p.shape) for name, p in theta.items()}
         for k in range(args.num_eval_steps + 1):
@@ -907,7 +908,8 @@ def show(*lines: str):
     """Print on rank 0. A reader that has gone (head -1) or a full disk does not end the run."""
     if ranks()[0] == 0 and sys.stdout:
         try:
-            print(*lines, sep="\n", flush=True)
+            tqdm.write("\n".join(lines), file=sys.stdout)  # not into the bar
+            sys.stdout.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -997,21 +999,38 @@ def parse(args_class, argv: list[str] | None = None):
             fail(f"{where} in the working folder, give --env-id {saved.env_id} too")
         show(f"tasks of {folder} come from {found.origin}")
     args = tyro.cli(args_class, args=argv, default=saved)
-    for name in asdict(saved).keys() - MAY_CHANGE if args.resume else ():
-        if getattr(args, name) != getattr(saved, name):
-            flag = f"--{name.replace('_', '-')}"
-            fail(f"{flag} of {folder} is {getattr(saved, name)} and cannot change")
+    args.from_parse = True
     return args
 
 
-def setup(args) -> tuple:
-    """Check the arguments, seed torch, set threads and device, join the ranks.
+def saved_args(args, checkpoint: dict):
+    """args of a run to resume or to evaluate.
 
-    Returns a copy of args, the device, and the checkpoint of --resume or --evaluate, else {}.
+    In code, main(Args(resume=folder)), what is left at its default is the run's; parse has seen to
+    that, and knows what was given.
     """
-    args = replace(args)
+    saved = type(args)(**checkpoint["args"])
+    if not getattr(args, "from_parse", False):
+        given = {name: x for name, x in asdict(args).items() if x != getattr(type(args), name)}
+        args = replace(saved, **given)
+    for name in asdict(saved).keys() - MAY_CHANGE if args.resume else ():
+        if getattr(args, name) != getattr(saved, name):
+            flag = f"--{name.replace('_', '-')}"
+            fail(f"{flag} of {args.resume} is {getattr(saved, name)} and cannot change")
+    return args
+
+
+def check_args(args):
+    """End the program if a value is not of its flag's type, or out of range."""
+    hints = get_type_hints(type(args))
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
+        kinds = get_args(hints[name]) or [hints[name]]
+        kinds = [choice for kind in kinds for choice in get_args(kind) or [kind]]
+        types = tuple({float: (float, int)}.get(x, x) for x in kinds if isinstance(x, type))
+        if not isinstance(value, types) and value not in kinds:
+            choices = " or ".join(getattr(x, "__name__", str(x)) for x in kinds)
+            fail(f"{flag}: must be {choices.replace('NoneType', 'None')}")
         zero = name in args.may_be_zero
         if type(value) in (int, float) and not (0 < value < math.inf or (zero and value == 0)):
             fail(f"{flag}: must be {'0 or more' if zero else 'above 0'}")
@@ -1022,24 +1041,69 @@ def setup(args) -> tuple:
             fail(f"{flag}: is too large")
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
-    join_ranks(args)
+
+
+def setup(args, complete=replace) -> tuple:
+    """Check the arguments, seed torch, set threads and device, join the ranks.
+
+    complete: of args, a copy with values for what is unset. Returns that, the device, and the
+    checkpoint of --resume or --evaluate, else {}.
+    """
+    check_args(args)
     checkpoint = {}
     if args.resume or args.evaluate:
         checkpoint = load_checkpoint(args.resume or args.evaluate, type(args))
+        args = saved_args(args, checkpoint)
+    args = complete(args)
+    check_args(args)
+    join_ranks(args)
     if args.resume and checkpoint["ranks"] != ranks()[1]:
         fail(f"--resume: {args.resume} is a run of {checkpoint['ranks']} ranks, not {ranks()[1]}")
     if args.resume and checkpoint["global_step"] >= args.total_timesteps:
         show(f"{args.resume} is complete; its meta-test:")
         args = replace(args, resume="", evaluate=args.resume)
     torch.manual_seed(args.seed)
-    share = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    torch.set_num_threads(args.num_threads or share)
+    torch.set_num_threads(args.num_threads or cores())
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     GRAPHS.clear()
     return args, device_of(args), checkpoint
+
+
+def cores() -> int:
+    """This process's share of the cores that it may use, or OMP_NUM_THREADS, which torchrun sets to
+    1 by itself.
+    """
+    if ranks()[1] == 1 and os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def restoring(main):
+    """main, after which torch's settings are what they were."""
+
+    @wraps(main)
+    def call(args):
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        threads = torch.get_num_threads()
+        holders = [(torch.utils.deterministic, "fill_uninitialized_memory")]
+        holders += [
+            (torch.backends.cuda.matmul, "allow_tf32"),
+            (torch.backends.cudnn, "allow_tf32"),
+        ]
+        before = [getattr(*holder) for holder in holders]
+        try:
+            return main(args)
+        finally:
+            torch.use_deterministic_algorithms(deterministic)
+            torch.set_num_threads(threads)
+            for (owner, name), value in zip(holders, before, strict=True):
+                setattr(owner, name, value)
+
+    return call
 
 
 def join_ranks(args):
@@ -1126,6 +1190,7 @@ class Run:
         self.metrics = {}
         self.rank, self.num_ranks = ranks()
         self.signalled = self.stopped = False
+        self.tracker = None
         self.start = self.printed = time.perf_counter()
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
@@ -1136,6 +1201,8 @@ class Run:
         self.folder = Path(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", name))
         if self.rank > 0:
             return
+        if args.track:
+            self._track()
         with self._writing():  # purge_step hides what will be done again
             self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1)
             rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
@@ -1165,9 +1232,25 @@ class Run:
             last = "; the last checkpoint is kept" if kept else ""
             fail(f"cannot write to {self.folder}: {reason}{last}")
 
+    def _track(self):
+        """Before there is a writer: Weights & Biases, which logs what TensorBoard does."""
+        try:
+            import wandb
+        except ModuleNotFoundError:
+            fail("--track needs pip install wandb")
+        name = self.folder.name
+        group = f"{self.args.env_id}__{self.args.exp_name}"
+        config = asdict(self.args)
+        more = {"resume": "allow", "sync_tensorboard": True, "group": group, "config": config}
+        wandb.init(id=name, name=name, **more)
+        self.tracker = wandb
+
     def _on_signal(self, number, frame):
         self.signalled = True
         signal.signal(number, signal.SIG_DFL)  # a second one aborts
+        if self.rank == 0:
+            with suppress(OSError):
+                os.write(2, b"\nstopping after this iteration; again to abort\n")
 
     @property
     def complete(self) -> bool:
@@ -1262,10 +1345,17 @@ class Run:
         if self.rank == 0:
             self.bar.close()
             self.writer.close()
+        if self.tracker:
+            self.tracker.finish()
         if isinstance(error, SystemExit) and not error.code:
             fail(f"{self.args.env_id} has called sys.exit()")
         if self.stopped and not error:
             show(f"stopped; --resume {self.folder} goes on from here")
+
+
+def progress(steps, args):
+    """steps, with a bar in a terminal where a meta-test is all that there is to do."""
+    return tqdm(steps, disable=None if args.evaluate else True, leave=False)
 
 
 def stack_scores(scores: list[list[dict]], num_tasks: int) -> dict[str, np.ndarray]:
@@ -1321,7 +1411,7 @@ def report(scores: dict, tasks: np.ndarray, args, episodes: dict | None = None) 
         table.append(f"{name} on {known.sum()} held-out tasks{few}, mean{interval}:")
         for k, mean in enumerate(means):
             count = k * args.eval_episodes
-            metrics[f"eval/{name}_after_{count}_episodes"] = float(mean)
+            metrics[f"eval/{name}_after_{count}_episodes"] = metrics[f"eval/{name}"] = float(mean)
             table.append(f"  after {count:4d} episodes {shown[k]}")
     if episodes is not None:
         show(*table)
@@ -1478,7 +1568,11 @@ def surrogate_and_kl(dist_params, batch, discrete: bool) -> tuple[torch.Tensor, 
     weight = batch["mask"] / (steps * len(steps) * ranks()[1])
     ratio = probability_ratio(dist_params, batch, discrete)
     old, new = (distribution(x, discrete) for x in (batch["dist_params"], dist_params))
-    return -(weight * ratio * batch["advantages"]).sum(), (weight * kl_divergence(old, new)).sum()
+    if discrete:  # kl_divergence looks for probabilities of 0, which no graph can
+        kl = (old.probs * (old.logits - new.logits)).sum(-1)
+    else:
+        kl = kl_divergence(old, new)
+    return -(weight * ratio * batch["advantages"]).sum(), (weight * kl).sum()
 
 
 def natural_gradient(vector, data, dist_of, penalty, policy, args) -> tuple[torch.Tensor, ...]:
@@ -1552,6 +1646,8 @@ def meta_update(vector, data, dist_of, policy, args, penalty=None) -> tuple[torc
 
 
 # <<< shared: trpo
+
+main = restoring(main)
 
 if __name__ == "__main__":
     main(parse(Args))

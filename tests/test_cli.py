@@ -455,3 +455,68 @@ def test_importing_does_nothing(script, tmp_path, monkeypatch, capfd):
     assert capfd.readouterr() == ("", "") and not list(tmp_path.iterdir())
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert path == sys.path and torch.equal(generator, torch.get_rng_state())
+
+
+# ------------------------------------------------------------------------------------------ called from code
+
+
+SMALL = {"env_id": "PointRobot-v0", "meta_batch_size": 4, "num_test_tasks": 3, "num_threads": 1}
+
+
+def test_code_may_evaluate_and_resume(script, train, capsys):
+    """What main(Args(evaluate=folder)) leaves at its default is the run's, as on the command line; so with resume."""
+    folder, metrics = train(script)
+    saved = {tag: x for tag, x in metrics.items() if tag.startswith("eval/")}
+    assert script.main(script.Args(evaluate=str(folder))) == saved
+    fewer = script.main(script.Args(evaluate=str(folder), num_test_tasks=2))
+    assert fewer.keys() == saved.keys() and fewer != saved
+    assert "on 2 held-out tasks" in capsys.readouterr().out
+    script.main(script.Args(resume=str(folder), total_timesteps=4 * 160))
+    assert load(folder)["args"]["env_id"] == "PointRobot-v0"
+    assert load(folder)["global_step"] == 4 * 160
+    with pytest.raises(SystemExit, match=r"--seed of .* is 1 and cannot change"):
+        script.main(script.Args(resume=str(folder), total_timesteps=5 * 160, seed=2))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"num_test_tasks": 2.5}, "--num-test-tasks 2.5: must be int or None"),
+        ({"train_reward": "spars"}, "--train-reward spars: must be dense or sparse"),
+        ({"gamma": "0.9"}, "--gamma 0.9: must be float"),
+        ({"cuda": "no"}, "--cuda no: must be bool"),
+        ({"seed": None}, "--seed None: must be int"),
+        ({"env_id": 3}, "--env-id 3: must be str"),
+    ],
+)
+def test_values_of_another_type(script, flags, message):
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        script.main(script.Args(**flags))
+
+
+def test_whole_numbers_are_numbers(script, train):
+    train(script, gamma=1)
+
+
+def test_main_leaves_the_settings_of_torch_as_they_were(script, monkeypatch, tmp_path):
+    """After a run, and after one that is refused."""
+    monkeypatch.chdir(tmp_path)
+
+    def settings():
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_num_threads(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+            torch.backends.cuda.matmul.allow_tf32,
+            torch.backends.cudnn.allow_tf32,
+            signal.getsignal(signal.SIGINT),
+            list(sys.path),
+        )
+
+    torch.use_deterministic_algorithms(False)
+    before = settings()
+    script.main(script.parse(script.Args, tiny(script, num_threads=2)))
+    assert settings() == before
+    with pytest.raises(SystemExit):
+        script.main(script.Args(env_id="None-v0", num_threads=2))
+    assert settings() == before
