@@ -168,6 +168,10 @@ class Policy(nn.Module):
         log_std = self.log_std.clamp(min=math.log(1e-6))  # the original's floor
         return torch.cat([out, log_std.expand_as(out)], -1)
 
+    def act(self, params, obs, noise) -> torch.Tensor:
+        """Of rollout: what policies of params (θ, φ, z) do, obs (N, E, O) -> actions (N, E, A)."""
+        return draw_actions(policies(self, params, obs), noise, self.discrete)
+
 
 # Dictionaries by name: φ, what is adapted to a task, has mu and log_sigma (Z,), and with
 # --adapt-policy the weights; θ has the weights before adaptation, for all tasks. φ of N tasks has a
@@ -183,6 +187,12 @@ def behave(phi, theta, obs, z, policy) -> torch.Tensor:
     """What the policy of one task does: obs (E, ..., O), z (E, ..., Z) -> (E, ..., D)."""
     weights = {name: phi.get(name, p) for name, p in theta.items()}
     return functional_call(policy, weights, (obs, z))
+
+
+def policies(policy, params, obs) -> torch.Tensor:
+    """behave in N tasks: params (θ, φ, z (N, E, ..., Z)), obs (N, E, ..., O) -> (N, E, ..., D)."""
+    theta, phi, z = params
+    return vmap(lambda phi, obs, z: behave(phi, theta, obs, z, policy))(phi, obs, z)
 
 
 # ---------------------------------------------------------------------------------- the algorithm
@@ -214,25 +224,19 @@ def collect(params, tasks, key, policy, args, test=False, deterministic=False) -
     the actions' logprobs (N, E, T).
     """
     theta, phi = params
-    policies = vmap(lambda phi, obs, z: behave(phi, theta, obs, z, policy))
     episodes = args.eval_episodes if test else args.episodes_per_task
     purpose, *numbers = key
-    rng = keyed_rng(args.seed, f"latents of {purpose}", *numbers)
-    eps = rng.normal(size=(len(tasks), episodes, args.latent_dim))
-    eps = torch.as_tensor(eps).to(phi["mu"])
+    generator = keyed_generator(args, f"latents of {purpose}", *numbers)
+    size = (len(tasks), episodes, args.latent_dim)
+    eps = torch.randn(size, generator=generator, device=generator.device)
     z = latent(phi, eps)
-
-    def act(params, obs, noise):
-        phi, z = params
-        return draw_actions(policies(phi, obs, z), noise, policy.discrete)
-
-    batch = rollout(act, (phi, z), tasks, episodes, key, args, deterministic)
+    batch = rollout(policy.act, (theta, phi, z), tasks, episodes, key, args, deterministic)
     batch["rewards"] = batch[f"{args.test_reward if test else args.train_reward}_rewards"]
     batch["eps"] = eps
     batch["z"] = z
     batch["episode_advantages"] = episode_advantages(batch, args)
     batch["advantages"] = standardised_advantages(batch, args)
-    batch["dist_params"] = policies(phi, batch["obs"], z.unsqueeze(2))
+    batch["dist_params"] = policies(policy, (theta, phi, z.unsqueeze(2)), batch["obs"])
     batch["logprobs"] = distribution(batch["dist_params"], policy.discrete).log_prob(
         batch["actions"]
     )
@@ -262,7 +266,7 @@ def inner_step(phi, theta, batch, step_sizes, policy) -> dict:
     return {name: moved.get(name, p) for name, p in phi.items()}
 
 
-def adapt_all(phi, theta, batch, step_sizes, policy) -> dict:
+def inner_steps(phi, theta, batch, step_sizes, policy) -> dict:
     """(4) for N tasks at once: φ and batch have a leading axis."""
     step = partial(inner_step, step_sizes=step_sizes, policy=policy)
     return vmap(step, in_dims=(0, None, 0))(phi, theta, batch)
@@ -280,36 +284,40 @@ def split(meta) -> tuple[dict, dict, dict]:
 def start(theta, latents, step_sizes) -> dict:
     """φ of N tasks before adaptation: latents (N, Z) by name, and the weights that are adapted."""
     n = len(latents["mu"])
-    return latents | {
-        name: p.expand(n, *p.shape) for name, p in theta.items() if name in step_sizes
-    }
+    weights = {name: p.expand(n, *p.shape) for name, p in theta.items() if name in step_sizes}
+    return latents | weights
 
 
-def adapted_policies(vector, like, rows, batches, policy) -> torch.Tensor:
-    """The map of (6)-(8): meta-parameters (P,), named as in like, to what is done on batches[-1].
+def adapted_policies(vector, data, policy, args) -> torch.Tensor:
+    """The map of (6)-(8): meta-parameters (P,) to what is done on the last of the batches.
 
-    rows (N,): those of the tasks in the table; all batches but the last are adapted to. Returns
-    (N, E, T, D).
+    data: meta, the parameters' names and shapes; rows (N,), those of the tasks in the table; and
+    batches, all but the last are adapted to. Returns (N, E, T, D).
     """
-    *inner_batches, outer_batch = batches
-    theta, table, step_sizes = split(unflatten(vector, like))
+    *inner_batches, outer_batch = data["batches"]
+    theta, table, step_sizes = split(unflatten(vector, data["meta"]))
 
     def of_task(phi, inner_batches, obs, eps):
         for batch in inner_batches:
             phi = inner_step(phi, theta, batch, step_sizes, policy)
         return behave(phi, theta, obs, latent(phi, eps).unsqueeze(1), policy)
 
-    phi = start(theta, {name: p[rows] for name, p in table.items()}, step_sizes)
+    phi = start(theta, {name: p[data["rows"]] for name, p in table.items()}, step_sizes)
     together = vmap(of_task, chunk_size=tasks_at_once(outer_batch["obs"]))
     return together(phi, inner_batches, outer_batch["obs"], outer_batch["eps"])
 
 
-def latent_kl(vector, like, rows, weight=1.0) -> torch.Tensor:
-    """weight KL(N(μ_i, σ_i²) || N(0, I)) before adaptation, summed over Z, mean over rows."""
-    meta = unflatten(vector, like)
-    mu = meta["mu"][rows]
-    log_sigma = meta["log_sigma"][rows]
-    return 0.5 * weight * (mu**2 + (2 * log_sigma).exp() - 1 - 2 * log_sigma).sum(-1).mean()
+def latent_kl(vector, data) -> torch.Tensor:
+    """KL(N(μ_i, σ_i²) || N(0, I)) before adaptation, summed over Z, (N,)."""
+    meta = unflatten(vector, data["meta"])
+    mu = meta["mu"][data["rows"]]
+    log_sigma = meta["log_sigma"][data["rows"]]
+    return 0.5 * (mu**2 + (2 * log_sigma).exp() - 1 - 2 * log_sigma).sum(-1)
+
+
+def weighted_kl(vector, data, args) -> torch.Tensor:
+    """(6) This rank's share of w KL, the mean over tasks."""
+    return args.kl_weight / ranks()[1] * latent_kl(vector, data).mean()
 
 
 def evaluate(meta, tasks, policy, args) -> tuple[dict, dict]:
@@ -322,7 +330,8 @@ def evaluate(meta, tasks, policy, args) -> tuple[dict, dict]:
     """
     theta, table, learned = split(meta)
     hold = 1 if "mu" in learned else 2  # step sizes until they shrink, as in the original
-    step_sizes = {"mu": args.inner_lr, "log_sigma": args.sigma_lr} | learned
+    constant = {"mu": args.inner_lr, "log_sigma": args.sigma_lr}
+    step_sizes = {name: table[name].new_full((), x) for name, x in constant.items()} | learned
     scores = [[] for _ in range(args.num_eval_steps + 1)]
     episodes = {}
     for first in range(0, len(tasks), args.meta_batch_size):
@@ -330,9 +339,8 @@ def evaluate(meta, tasks, policy, args) -> tuple[dict, dict]:
         prior = {name: p.new_zeros(len(group), args.latent_dim) for name, p in table.items()}
         phi = start(theta, prior, step_sizes)
         for k in range(args.num_eval_steps + 1):
-            play = partial(
-                collect, (theta, phi), group, ("eval", first, k), policy, args, test=True
-            )
+            params = (theta, phi)
+            play = partial(collect, params, group, ("eval", first, k), policy, args, test=True)
             batch = play()
             extra = play(deterministic=True) if args.deterministic_eval else None
             scores[k].append(episode_scores(batch, extra))
@@ -341,7 +349,7 @@ def evaluate(meta, tasks, policy, args) -> tuple[dict, dict]:
             if k < args.num_eval_steps:
                 decay = args.eval_lr_decay ** max(0, k - hold)
                 shrunk = {name: alpha * decay for name, alpha in step_sizes.items()}
-                phi = adapt_all(phi, theta, batch, shrunk, policy)
+                phi = graphed(inner_steps, args)(phi, theta, batch, shrunk, policy)
     scores = stack_scores(scores, len(tasks))
     if "success" in scores:
         hits = np.maximum.accumulate(scores.get("sampled_success", scores["success"]) > 0)
@@ -355,9 +363,7 @@ def main(args: Args) -> dict[str, float]:
     if not args.num_train_tasks:
         fail("--num-train-tasks 0: each training task has its own latent, there must be a set")
     if args.latent_dim == 1 and args.normalise_latent:  # z / |z| is ±1 and has no gradient
-        fail(
-            "--latent-dim 1: its direction is a sign: give --latent-dim 2 or --no-normalise-latent"
-        )
+        fail("--latent-dim 1: z would be a sign: give --latent-dim 2 or --no-normalise-latent")
     envs, train_tasks, test_tasks = make_tasks(args)
 
     # meta-parameters: the policy's weights, the table of latents, and the logarithms of step sizes
@@ -384,34 +390,30 @@ def main(args: Args) -> dict[str, float]:
             # (1) tasks, by their rows in the table
             rows = meta_batch(envs, np.arange(args.num_train_tasks), args, run.iteration)
             tasks = train_tasks[rows]
+            rows = torch.as_tensor(rows, device=device)
 
             # (2)-(5) collect and adapt, and collect with the adapted latents
             theta, table, step_sizes = split(meta)
             phi = start(theta, {name: p[rows] for name, p in table.items()}, step_sizes)
+            adapt = graphed(inner_steps, args)
             batches = []
             for k in range(num_inner_steps + 1):
                 batches.append(collect((theta, phi), tasks, run.key("train", k), policy, args))
                 if k < num_inner_steps:
-                    phi = adapt_all(phi, theta, batches[k], step_sizes, policy)
+                    phi = adapt(phi, theta, batches[k], step_sizes, policy)
             run.lap("collect")
 
             # (6)-(8) meta-update
-            outer_batch = batches[-1]
-            dist_of = partial(
-                adapted_policies, like=meta, rows=rows, batches=batches, policy=policy
-            )
-
-            penalty = partial(
-                latent_kl, like=meta, rows=rows, weight=args.kl_weight / run.num_ranks
-            )
             vector = parameters_to_vector(meta.values())
-            vector, losses = meta_update(vector, dist_of, outer_batch, policy, args, penalty)
-            losses["losses/latent_kl"] = task_mean(latent_kl(vector, meta, rows))
+            data = {"meta": meta, "rows": rows, "batches": batches}
+            vector, losses = meta_update(vector, data, adapted_policies, policy, args, weighted_kl)
+            losses["losses/latent_kl"] = task_mean(latent_kl(vector, data))
             meta = unflatten(vector, meta)
             run.lap("update")
 
             # log, (9) meta-test, save
             run.global_step += num_steps(batches)
+            outer_batch = batches[-1]
             entropy = distribution(outer_batch["dist_params"], policy.discrete).entropy()
             metrics = losses | {
                 "losses/entropy": task_mean(masked_mean(entropy, outer_batch["mask"], (1, 2))),

@@ -143,6 +143,10 @@ class Policy(nn.Module):
         log_std = self.log_std.clamp(min=math.log(1e-6))  # the original's floor
         return torch.cat([mean, (math.log(self.action_scale) + log_std).expand_as(mean)], -1)
 
+    def act(self, params, obs, noise) -> torch.Tensor:
+        """Of rollout: what policies of params (θ, τ) do, obs (N, E, O) -> actions (N, E, A)."""
+        return draw_actions(policies(self, params, obs), noise)
+
 
 class Encoder(nn.Module):
     """Embeddings (N, Z): a GRU over each episode, layers, the mean over episodes, layers."""
@@ -174,8 +178,8 @@ class Encoder(nn.Module):
         self.count += count
         share = (count / self.count).clamp(min=0.05)  # or early drift sets the unit for long
         gap = mean - self.mean
-        self.variance = (1 - share) * self.variance + share * std**2 + share * (1 - share) * gap**2
-        self.mean = self.mean + share * gap
+        self.variance.lerp_(std**2 + (1 - share) * gap**2, share)  # in place: graphs hold them
+        self.mean.lerp_(mean, share)
 
     def forward(self, batch) -> torch.Tensor:
         std = self.variance.sqrt()  # but what hardly varies keeps its unit
@@ -207,14 +211,14 @@ class Agent(nn.Module):
             nn.init.xavier_uniform_(self.head.weight)
             nn.init.zeros_(self.head.bias)
 
-    def modulation(self, tasks: np.ndarray, batch=None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def modulation(self, tasks, batch=None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(3) τ (N, 2, 2, H) and embeddings (N, Z) of tasks (N, K), given their first episodes."""
         like = self.policy.log_std
         if self.encoder and batch:
             embeddings = self.encoder(batch)
         elif self.knows_the_mode:
             modes = torch.as_tensor(tasks[:, -1], device=like.device).long()
-            embeddings = nn.functional.one_hot(modes, self.head.in_features).to(like)
+            embeddings = torch.eye(self.head.in_features, device=like.device)[modes]
         else:
             return like.new_zeros(len(tasks), 2, 2, self.shape[2]), None
         tau = self.head(embeddings).unflatten(1, self.shape)
@@ -224,6 +228,12 @@ class Agent(nn.Module):
 # ---------------------------------------------------------------------------------- the algorithm
 
 
+def policies(policy, params, obs) -> torch.Tensor:
+    """What N policies do, at once: params (θ, τ) (N, ...), obs (N, ..., O) -> (N, ..., 2A)."""
+    of_task = vmap(lambda theta, tau, obs: functional_call(policy, theta, (obs, tau)))
+    return of_task(*params, obs)
+
+
 @torch.no_grad()
 def collect(params, tasks, key, policy, args, test=False, deterministic=False) -> dict:
     """(2), (5) E episodes in each of N tasks (N, K), in task i with params, (θ_i by name, τ_i).
@@ -231,16 +241,11 @@ def collect(params, tasks, key, policy, args, test=False, deterministic=False) -
     key: of the draws. Returns the batch of rollout with rewards of training or test, advantages,
     and what the policies do, dist_params (N, E, T, 2A), and the actions' logprobs (N, E, T).
     """
-    dist_of = vmap(lambda params, obs: functional_call(policy, params[0], (obs, params[1])))
-
-    def act(params, obs, noise):
-        return draw_actions(dist_of(params, obs), noise)
-
     episodes = args.eval_episodes if test else args.episodes_per_task
-    batch = rollout(act, params, tasks, episodes, key, args, deterministic)
+    batch = rollout(policy.act, params, tasks, episodes, key, args, deterministic)
     batch["rewards"] = batch[f"{args.test_reward if test else args.train_reward}_rewards"]
     batch["advantages"] = standardised_advantages(batch, args)
-    batch["dist_params"] = dist_of(params, batch["obs"])
+    batch["dist_params"] = policies(policy, params, batch["obs"])
     batch["logprobs"] = distribution(batch["dist_params"]).log_prob(batch["actions"])
     return batch
 
@@ -257,10 +262,14 @@ def inner_step(theta, tau, batch, policy, args) -> tuple[dict, torch.Tensor]:
     return {name: p - args.inner_lr * grads[name] for name, p in theta.items()}, dist_params
 
 
+def inner_steps(theta, tau, batch, policy, args) -> dict:
+    """(4) for N tasks at once: θ, τ and batch have a leading axis."""
+    return vmap(partial(inner_step, policy=policy, args=args))(theta, tau, batch)[0]
+
+
 @torch.no_grad()
 def adapt(agent, tasks, keys, args, test=False) -> tuple[list, list, torch.Tensor | None]:
     """(2)-(5) in N tasks, a phase for each key: its batches, params (θ_i, τ_i), and embeddings."""
-    step = vmap(partial(inner_step, policy=agent.policy, args=args))
     theta = {name: p.expand(len(tasks), *p.shape) for name, p in agent.policy.named_parameters()}
     tau, _ = agent.modulation(tasks)
     params = []
@@ -269,7 +278,7 @@ def adapt(agent, tasks, keys, args, test=False) -> tuple[list, list, torch.Tenso
         params.append((theta, tau))
         batches.append(collect(params[k], tasks, key, agent.policy, args, test))
         if k < len(keys) - 1:
-            theta, _ = step(theta, tau, batches[k])
+            theta = graphed(inner_steps, args)(theta, tau, batches[k], agent.policy, args)
         if k == 0:
             if agent.encoder and not test:
                 agent.encoder.observe(batches[0])
@@ -295,12 +304,15 @@ def promp_loss(theta, tau, batches, agent, args) -> tuple[torch.Tensor, ...]:
     return surrogate + args.kl_weight * kl, surrogate, kl, clipfrac
 
 
-def promp_update(agent, optimizer, batches, tasks, args) -> dict[str, float]:
-    """(6) Steps of Adam on the mean loss of all ranks' tasks, each through (3) and (4) anew."""
+def promp_steps(agent, optimizer, batches, tasks, args) -> tuple[torch.Tensor, torch.Tensor]:
+    """(6) Steps of Adam on the mean loss of all ranks' tasks, each through (3) and (4) anew.
+
+    Returns the means of the loss's terms (4,), and the sum of the gradients' norms.
+    """
     theta = dict(agent.policy.named_parameters())
     loss = partial(promp_loss, agent=agent, args=args)
     losses = vmap(loss, in_dims=(None, 0, 0), chunk_size=tasks_at_once(batches[0]["obs"]))
-    total = 0
+    total = norms = 0
     for _ in range(args.update_epochs):
         tau, _ = agent.modulation(tasks, batches[0])
         terms = torch.stack([x.mean() / ranks()[1] for x in losses(theta, tau, batches)])
@@ -308,16 +320,24 @@ def promp_update(agent, optimizer, batches, tasks, args) -> dict[str, float]:
         terms[0].backward()
         for p in agent.parameters():
             p.grad = all_reduce(p.grad)
-        if not nn.utils.get_total_norm([p.grad for p in agent.parameters()]).isfinite():
-            fail("the meta-gradient is not finite: try a smaller --inner-lr")
+        norms += nn.utils.get_total_norm([p.grad for p in agent.parameters()])
         optimizer.step()
         total += terms.detach()
+    return all_reduce(total) / args.update_epochs, norms
+
+
+def promp_update(agent, optimizer, batches, tasks, args) -> dict[str, float]:
+    """(6) The steps of one iteration, and the step sizes of the next."""
+    tasks = torch.as_tensor(tasks, device=device_of(args))
+    means, norms = graphed(promp_steps, args)(agent, optimizer, batches, tasks, args)
+    if not norms.isfinite():
+        fail("the meta-gradient is not finite: try a smaller --inner-lr")
     names = ("losses/loss", "losses/pg_loss", "losses/inner_kl", "losses/clipfrac")
-    logged = dict(zip(names, (all_reduce(total) / args.update_epochs).tolist(), strict=True))
+    logged = dict(zip(names, means.tolist(), strict=True))
     factor = math.exp(args.target_clipfrac - logged["losses/clipfrac"])
     for group in optimizer.param_groups:  # sharper policies take smaller steps
-        group["lr"] = min(group["max_lr"], group["lr"] * factor)
-    return logged | {"losses/learning_rate": optimizer.param_groups[0]["lr"]}
+        group["lr"].mul_(factor).clamp_(max=group["max_lr"])
+    return logged | {"losses/learning_rate": optimizer.param_groups[0]["lr"].item()}
 
 
 def mode_scores(returns, embedding, tasks, num_modes) -> dict[str, np.ndarray]:
@@ -336,7 +356,6 @@ def mode_scores(returns, embedding, tasks, num_modes) -> dict[str, np.ndarray]:
     return scores
 
 
-@torch.no_grad()
 def evaluate(agent, tasks, num_modes, args) -> tuple[dict, dict]:
     """(7) Meta-test on tasks (M, K): scores before and after each of num_eval_steps adaptations.
 
@@ -393,8 +412,7 @@ def main(args: Args) -> dict[str, float]:
     if agent.encoder:
         parts.append((nn.ModuleList([agent.encoder, agent.head]), args.modulation_learning_rate))
     groups = [{"params": [*part.parameters()], "lr": lr, "max_lr": lr} for part, lr in parts]
-    optimizer = torch.optim.Adam(groups)
-    optimizer.load_state_dict(checkpoint.get("optimizer", optimizer.state_dict()))
+    optimizer = adam(groups, args.learning_rate, args, checkpoint.get("optimizer"))
     with Run(args, checkpoint) as run:
         while run.next_iteration():
             # (1) tasks

@@ -26,12 +26,13 @@ def of_task(batch, i):
 
 
 def valid_steps(batch):
-    """The steps of one task that count, without the padding: (steps, ...).
+    """The steps of one task, or of one episode, that count, without the padding: (steps, ...).
 
     What a batch has once per episode is left out.
     """
     mask = batch["mask"]
-    return {name: x[mask == 1] for name, x in batch.items() if x.shape[:2] == mask.shape}
+    shape = mask.shape
+    return {name: x[mask == 1] for name, x in batch.items() if x.shape[: len(shape)] == shape}
 
 
 def ragged_mask(n, e, t):

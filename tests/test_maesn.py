@@ -38,7 +38,7 @@ double = pytest.fixture(autouse=True)(double_precision)
 BOX = gym.spaces.Box(-1, 1, (2,))
 LATENTS = ("mu", "log_sigma")
 Z = 2
-ROWS = np.array([3, 0, 3])  # of a table of five; one of them twice
+ROWS = torch.tensor([3, 0, 3])  # of a table of five; one of them twice
 
 # ----------------------------------------------------------- the same algorithm once more, in loops
 
@@ -146,24 +146,25 @@ def make_problem(num_steps=1, **adapts):
     return p
 
 
-def map_of(p):
+def data_of(p):
     """What main gives to meta_update."""
-    arguments = {"rows": ROWS, "batches": p.batches, "policy": p.policy}
-    return partial(module.adapted_policies, like=p.meta, **arguments)
+    return {"meta": p.meta, "rows": ROWS, "batches": p.batches}
 
 
-def penalty_of(p):
-    return partial(module.latent_kl, like=p.meta, rows=ROWS, weight=p.args.kl_weight)
+def map_of(p):
+    """What the adapted policies do, of the meta-parameters alone."""
+    rest = {"data": data_of(p), "policy": p.policy, "args": p.args}
+    return partial(module.adapted_policies, **rest)
 
 
 def update(p, c=0, **flags):
     """meta_update on a problem: the new vector, and what it logs; c·vector is added to the loss."""
 
-    def penalty(x):
-        return penalty_of(p)(x) + (c * x).sum()
+    def penalty(vector, data, args):
+        return module.weighted_kl(vector, data, args) + (c * vector).sum()
 
-    args = replace(p.args, **flags)
-    return module.meta_update(p.vector, map_of(p), p.outer, p.policy, args, penalty)
+    rest = (module.adapted_policies, p.policy, replace(p.args, **flags), penalty)
+    return module.meta_update(p.vector, data_of(p), *rest)
 
 
 def step_of(p, c=0, **flags):
@@ -232,12 +233,13 @@ def test_the_kl_to_the_prior_is_of_the_rows_before_adaptation():
     """Summed over dimensions, a mean over tasks."""
     p = make_problem()
     mu, sigma = p.meta["mu"][ROWS], p.meta["log_sigma"][ROWS].exp()
-    expected = kl_divergence(Normal(mu, sigma), Normal(0.0, 1.0)).sum(-1).mean()
-    torch.testing.assert_close(module.latent_kl(p.vector, p.meta, ROWS), expected)
-    torch.testing.assert_close(penalty_of(p)(p.vector), p.args.kl_weight * expected)
+    expected = kl_divergence(Normal(mu, sigma), Normal(0.0, 1.0)).sum(-1)
+    torch.testing.assert_close(module.latent_kl(p.vector, data_of(p)), expected)
+    weighted = partial(module.weighted_kl, data=data_of(p), args=p.args)
+    torch.testing.assert_close(weighted(p.vector), p.args.kl_weight * expected.mean())
     other = {name: x + (name not in LATENTS) for name, x in p.meta.items()}
     other = parameters_to_vector(other.values())
-    assert torch.equal(penalty_of(p)(other), penalty_of(p)(p.vector))
+    assert torch.equal(weighted(other), weighted(p.vector))
 
 
 # ----------------------------------------------------------------------------------- the adaptation
@@ -248,7 +250,7 @@ def test_the_inner_step_is_the_closed_form(variant):
     """For every task by itself, also when all are computed at once."""
     p = make_problem(**variant)
     theta, _, alpha = module.split(p.meta)
-    at_once = module.adapt_all(p.phi, theta, p.outer, alpha, p.policy)
+    at_once = module.inner_steps(p.phi, theta, p.outer, alpha, p.policy)
     for i in range(len(ROWS)):
         phi, batch = of_task(p.phi, i), of_task(p.outer, i)
         expected = plain_step(p.policy, phi, theta, batch, alpha)
@@ -346,7 +348,7 @@ def test_a_bandit_is_solved_with_a_shrinking_step_size(halving):
         batch |= {"z": z, "episode_advantages": module.episode_advantages(batch, args)}
         alpha = dict.fromkeys(phi, 0.5 ** max(0, k - 1) if halving else 1.0)
         old = phi["mu"]
-        phi = module.adapt_all(phi, {}, batch, alpha, policy)
+        phi = module.inner_steps(phi, {}, batch, alpha, policy)
         if k == 0:
             assert torch.cosine_similarity(phi["mu"] - old, best - old).item() > 0.9
         distances.append((phi["mu"] - best).norm().item())
@@ -423,11 +425,13 @@ def test_collect_draws_one_z_per_episode(env_id):
     key = ("train", 5, 0)
     collect = partial(module.collect, (theta, phi), key=key, policy=policy, args=args)
     batch, greedy = collect(tasks), collect(tasks, deterministic=True)
-    eps = module.keyed_rng(args.seed, "latents of train", 5, 0).normal(size=(n, e, Z))
-    eps = torch.as_tensor(eps)
-    rng = module.keyed_rng(args.seed, *key)
-    noise = (rng.gumbel if policy.discrete else rng.normal)(size=(n, e, 4, size))
-    noise = torch.as_tensor(noise)[:, :, : batch["mask"].shape[-1]]
+    generator = module.keyed_generator(args, "latents of train", 5, 0)
+    eps = torch.randn(n, e, Z, generator=generator)
+    generator = module.keyed_generator(args, *key)
+    envs = module.make_envs(env_id, n * e)
+    module.reset_lanes(envs, tasks.repeat(e, axis=0), generator)
+    noise = module.draw_noise(envs.single_action_space, (n, e, 4), generator)
+    noise = noise[:, :, : batch["mask"].shape[-1]]
     assert 0 < batch["mask"].mean() < 1
     for data, scale in ((batch, 1), (greedy, 0)):
         assert torch.equal(data["eps"], eps)
@@ -479,10 +483,11 @@ def test_meta_update_starts_where_the_data_was_collected(adapt_policy):
     theta, table, alpha = module.split(meta)
     phi = module.start(theta, {name: x[ROWS] for name, x in table.items()}, alpha)
     inner = module.collect((theta, phi), tasks, ("train", 0), policy, args)
-    phi = module.adapt_all(phi, theta, inner, alpha, policy)
+    phi = module.inner_steps(phi, theta, inner, alpha, policy)
     outer = module.collect((theta, phi), tasks, ("train", 1), policy, args)
     vector = parameters_to_vector(meta.values())
-    done = module.adapted_policies(vector, meta, ROWS, [inner, outer], policy)
+    data = {"meta": meta, "rows": ROWS, "batches": [inner, outer]}
+    done = module.adapted_policies(vector, data, policy, args)
     torch.testing.assert_close(done, outer["dist_params"], rtol=1e-12, atol=1e-12)
 
 

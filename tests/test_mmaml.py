@@ -10,10 +10,21 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from plain import (
+    actions_from,
+    divergence,
+    double_precision,
+    log_density,
+    of_task,
+    ragged_mask,
+    valid_steps,
+)
 from torch.func import functional_call, vmap
 from torch.nn.utils import parameters_to_vector
 
 import mmaml as module
+
+double = pytest.fixture(autouse=True)(double_precision)
 
 # ------------------------------------------------------------------------ the task family of probes
 
@@ -53,29 +64,6 @@ gym.register("ProbeModes-v0", Modes, max_episode_steps=3)
 gym.register("ProbeOneMode-v0", OneMode, max_episode_steps=3)
 
 # ----------------------------------------------------------- the same algorithm once more, in loops
-
-
-def log_density(dist, actions):
-    """log π(a|o), written out."""
-    mean, log_std = dist.chunk(2, -1)
-    distance = ((actions - mean) / log_std.exp()) ** 2
-    return (-0.5 * distance - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
-
-
-def divergence(old, new):
-    """KL(old || new), written out."""
-    (mean, log_std), (new_mean, new_log_std) = old.chunk(2, -1), new.chunk(2, -1)
-    variances = (2 * log_std).exp() + (mean - new_mean) ** 2
-    return (new_log_std - log_std + variances / (2 * (2 * new_log_std).exp()) - 0.5).sum(-1)
-
-
-def of_task(batch, i):
-    return {name: x[i] for name, x in batch.items()}
-
-
-def valid_steps(batch):
-    """The steps that count, without the padding: (steps, ...)."""
-    return {name: x[batch["mask"] == 1] for name, x in batch.items()}
 
 
 def plain_policy(params, gammas, betas, obs, action_scale):
@@ -179,24 +167,6 @@ def plain_loss(p, vector, kl_weight=None):
 # ------------------------------------------------------------------------------------ the test data
 
 
-@pytest.fixture(autouse=True)
-def settings():
-    """Double precision and fixed draws; leaves nothing set."""
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-    torch.use_deterministic_algorithms(False)
-
-
-def ragged_mask(n, e, t):
-    """Episodes of 1 to t steps, the first of every task the longest."""
-    lengths = 1 + torch.arange(n * e).view(n, e) % t
-    lengths[:, 0] = t
-    return (torch.arange(t) < lengths[..., None]).double()
-
-
 def make_batch(n=3, e=3, t=4):
     """Random episodes, with zeros after their ends; dist_params and logprobs are still to come."""
     mask = ragged_mask(n, e, t)
@@ -235,9 +205,8 @@ def make_problem(kind="mmaml", num_steps=2, n=3, move=0.02, **changes):
         for i in range(n):
             found = plain_task(p, params, i)[2]
             batch["dist_params"][i][batch["mask"][i] == 1] = found[k]
-        mean, log_std = batch["dist_params"].chunk(2, -1)
-        noise = torch.randn_like(mean)
-        batch["actions"] = (mean + log_std.exp() * noise) * batch["mask"][..., None]
+        noise = torch.randn(n, 3, 4, 2)
+        batch["actions"] = actions_from(batch["dist_params"], noise) * batch["mask"][..., None]
         batch["logprobs"] = log_density(batch["dist_params"], batch["actions"])
     for x in p.agent.parameters():
         x.data += move * torch.randn_like(x)
@@ -253,7 +222,8 @@ def terms(p, cut=lambda tau: tau):
 
 
 def adam(p):
-    return torch.optim.Adam([{"params": p.agent.parameters(), "lr": 0.02, "max_lr": 0.03}])
+    groups = [{"params": [*p.agent.parameters()], "lr": 0.02, "max_lr": 0.03}]
+    return module.adam(groups, 0.02, p.args)
 
 
 VARIANTS = [{"kind": kind, "num_steps": k} for kind in KINDS for k in (1, 2)]
@@ -325,7 +295,7 @@ def test_promp_update_is_adam_on_the_meta_loss(kind):
     p, twin = make_problem(kind), make_problem(kind)
     twin.agent.load_state_dict(p.agent.state_dict())
     twin.batches = p.batches
-    optimizer, other = adam(p), adam(twin)
+    optimizer, other = adam(p), torch.optim.Adam(twin.agent.parameters(), 0.02)
     args = replace(p.args, update_epochs=3, target_clipfrac=0.3)
     logged = module.promp_update(p.agent, optimizer, p.batches, p.tasks, args)
     expected = []
@@ -345,13 +315,13 @@ def test_promp_update_is_adam_on_the_meta_loss(kind):
     # the step size after it, one that grows and one that shrinks
     (group,) = optimizer.param_groups
     lr = 0.02 * math.exp(0.3 - logged["losses/clipfrac"])
-    assert group["lr"] == pytest.approx(lr) == logged["losses/learning_rate"]
+    assert group["lr"].item() == pytest.approx(lr) == logged["losses/learning_rate"]
     for target in (1, 0):
-        before = group["lr"]
+        before = group["lr"].item()
         args = replace(p.args, update_epochs=1, target_clipfrac=target)
         logged = module.promp_update(p.agent, optimizer, p.batches, p.tasks, args)
         lr = min(0.03, before * math.exp(target - logged["losses/clipfrac"]))
-        assert group["lr"] == pytest.approx(lr) != before
+        assert group["lr"].item() == pytest.approx(lr) != before
 
     p.batches[-1]["advantages"] = p.batches[-1]["advantages"] * math.nan
     with pytest.raises(SystemExit, match=r"^error: the meta-gradient is not finite"):
@@ -426,13 +396,13 @@ def test_inner_steps_of_many_tasks_are_those_of_each():
     policy, batch = p.agent.policy, {name: x.clone() for name, x in p.batches[1].items()}
     thetas = {name: x + 0.3 * torch.randn(3, *x.shape) for name, x in policy.named_parameters()}
     tau = torch.randn(3, 2, 2, 3)
-    step = vmap(partial(module.inner_step, policy=policy, args=p.args))
-    adapted, dist_params = step(thetas, tau, batch)
+    adapted = module.inner_steps(thetas, tau, batch, policy, p.args)
     for i in range(3):
         leaves = {name: x[i].detach().requires_grad_() for name, x in thetas.items()}
         own = of_task(batch, i)
         does = plain_policy(leaves, tau[i, :, 0], tau[i, :, 1], own["obs"], 0.3)
-        torch.testing.assert_close(dist_params[i], does)
+        dist_params = module.inner_step(of_task(thetas, i), tau[i], own, policy, p.args)[1]
+        torch.testing.assert_close(dist_params, does)
         valid = own["mask"] == 1
         ratio = (log_density(does, own["actions"]) - own["logprobs"])[valid].exp()
         loss = -(ratio * own["advantages"][valid]).mean()
@@ -440,7 +410,7 @@ def test_inner_steps_of_many_tasks_are_those_of_each():
         for (name, x), g in zip(leaves.items(), gradient, strict=True):
             torch.testing.assert_close(adapted[name][i], x - 0.5 * g)
     batch["advantages"][1] *= -3
-    again, _ = step(thetas, tau, batch)
+    again = module.inner_steps(thetas, tau, batch, policy, p.args)
     for name in adapted:
         assert torch.equal(adapted[name][[0, 2]], again[name][[0, 2]])
         assert not torch.equal(adapted[name][1], again[name][1])
@@ -625,7 +595,10 @@ def test_collect(test):
     theta = {name: x.detach() for name, x in policy.named_parameters()}
     theta = {name: x + 0.5 * torch.randn(n, *x.shape) for name, x in theta.items()}
     tau, tasks = torch.randn(n, 2, 2, 4), np.array([[1, 0], [-1, 1], [1, 0]])
-    noise = torch.as_tensor(module.keyed_rng(1, "train", 5).normal(size=(n, e, 3, 1)))
+    generator = module.keyed_generator(args, "train", 5)
+    envs = module.make_envs("ProbeModes-v0", n * e)
+    module.reset_lanes(envs, tasks.repeat(e, axis=0), generator)
+    noise = module.draw_noise(envs.single_action_space, (n, e, 3), generator)
     for mean_actions in (False, True):
         key = ("train", 5)
         batch = module.collect((theta, tau), tasks, key, policy, args, test, mean_actions)
@@ -633,8 +606,7 @@ def test_collect(test):
         for i in range(n):
             x = of_task(batch, i)
             does = plain_policy(of_task(theta, i), tau[i, :, 0], tau[i, :, 1], x["obs"], 0.5)
-            mean, log_std = does.chunk(2, -1)
-            actions = mean + log_std.exp() * noise[i] * (not mean_actions)
+            actions = actions_from(does, noise[i] * (not mean_actions))
             torch.testing.assert_close(x["actions"], actions * x["mask"][..., None])
             torch.testing.assert_close(x["dist_params"], does)
             torch.testing.assert_close(x["logprobs"], log_density(does, x["actions"]))
@@ -672,8 +644,8 @@ def test_main_is_these_functions_in_turn(train, kind):
     parts = [(agent if kind != "mmaml" else agent.policy, 1e-2)]
     if kind == "mmaml":
         parts.append((torch.nn.ModuleList([agent.encoder, agent.head]), 5e-4))
-    groups = [{"params": part.parameters(), "lr": lr, "max_lr": lr} for part, lr in parts]
-    optimizer = torch.optim.Adam(groups)
+    groups = [{"params": [*part.parameters()], "lr": lr, "max_lr": lr} for part, lr in parts]
+    optimizer = module.adam(groups, 1e-2, args)
     envs, train_tasks, _ = module.make_tasks(args)
     tasks = module.meta_batch(envs, train_tasks, args, 1)
     keys = [("train", 1, k) for k in range(3)]
@@ -705,7 +677,6 @@ def test_meta_test(kind, deterministic):
         x.data += 0.4 * torch.randn_like(x)
     tasks = np.column_stack([1 - 2 * (np.arange(7) % 2), np.arange(7) % 2])
     scores, episodes = module.evaluate(agent, tasks, 2, args)
-    step = vmap(partial(module.inner_step, policy=agent.policy, args=args))
     found, returns, means = [], np.zeros((3, 8)), np.zeros((3, 8))
     for first in (0, 4):
         group = tasks[[0, 1, 2, 3] if first == 0 else [4, 5, 6, 0]]
@@ -717,7 +688,7 @@ def test_meta_test(kind, deterministic):
             extra = module.collect((theta, tau), group, key, agent.policy, args, True, True)
             returns[k, first : first + 4] = batch["rewards"].sum(-1).mean(1)
             means[k, first : first + 4] = extra["rewards"].sum(-1).mean(1)
-            theta, _ = step(theta, tau, batch)
+            theta = module.inner_steps(theta, tau, batch, agent.policy, args)
             if k == 0:
                 tau, embeddings = agent.modulation(group, batch)
                 found.append(embeddings)
