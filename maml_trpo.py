@@ -594,10 +594,6 @@ def make_envs(env_id: str, num_envs: int = 1) -> gym.vector.VectorEnv:
         near = difflib.get_close_matches(env_id, [*POINT_FAMILIES, *gym.registry])
         hint = f" Near: {', '.join(near)}." if near else ""
         fail(f"no tasks {env_id}: {str(error).splitlines()[0]}{hint}")
-    except SystemExit as error:
-        if error.code:
-            raise
-        fail(f"{env_id} has called sys.exit()")
 
 
 def make_tasks(args) -> tuple[gym.vector.VectorEnv, np.ndarray, np.ndarray]:
@@ -985,10 +981,8 @@ def parse(args_class, argv: list[str] | None = None):
         if flag in given and not getattr(args, flag[2:]):
             fail(f"{flag}: the name of the folder is empty")
     folder = args.resume or args.evaluate
-    if not folder or "--env-id" in given:
-        sys.path.append(
-            os.getcwd()
-        )  # the last place to look for module:Id-v0, if the user named it
+    if argv is None and (not folder or "--env-id" in given):
+        sys.path.append(os.getcwd())  # the last place for module:Id-v0, if the user named it
     if not folder:
         return args
     saved = args_class(**load_checkpoint(folder, args_class)["args"])
@@ -1083,7 +1077,7 @@ def cores() -> int:
 
 
 def restoring(main):
-    """main, after which torch's settings are what they were."""
+    """main, after which torch's settings are what they were; nothing in it may end as a success."""
 
     @wraps(main)
     def call(args):
@@ -1097,6 +1091,10 @@ def restoring(main):
         before = [getattr(*holder) for holder in holders]
         try:
             return main(args)
+        except SystemExit as error:
+            if error.code:
+                raise
+            fail("the environment has called sys.exit()")
         finally:
             torch.use_deterministic_algorithms(deterministic)
             torch.set_num_threads(threads)
@@ -1347,8 +1345,6 @@ class Run:
             self.writer.close()
         if self.tracker:
             self.tracker.finish()
-        if isinstance(error, SystemExit) and not error.code:
-            fail(f"{self.args.env_id} has called sys.exit()")
         if self.stopped and not error:
             show(f"stopped; --resume {self.folder} goes on from here")
 
@@ -1411,8 +1407,10 @@ def report(scores: dict, tasks: np.ndarray, args, episodes: dict | None = None) 
         table.append(f"{name} on {known.sum()} held-out tasks{few}, mean{interval}:")
         for k, mean in enumerate(means):
             count = k * args.eval_episodes
-            metrics[f"eval/{name}_after_{count}_episodes"] = metrics[f"eval/{name}"] = float(mean)
+            metrics[f"eval/{name}_after_{count}_episodes"] = float(mean)
             table.append(f"  after {count:4d} episodes {shown[k]}")
+        if name in ("return", "success"):
+            metrics[f"eval/{name}"] = float(means[-1])
     if episodes is not None:
         show(*table)
     if episodes is not None and args.evaluate and ranks()[0] == 0:

@@ -45,11 +45,11 @@ import threading
 import time
 import zipfile
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
-from typing import ClassVar, Literal, NoReturn
+from typing import ClassVar, Literal, NoReturn, get_args, get_type_hints
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends quietly, during these imports too
@@ -89,6 +89,7 @@ class Args:
     cudagraphs: bool = True  # with --cuda: replay what repeats as CUDA graphs (the same numbers, sooner)
     tf32: bool = False  # with --cuda: matrix products in TF32
     torch_deterministic: bool = True  # use deterministic kernels only
+    track: bool = False  # log to Weights & Biases too; WANDB_PROJECT and WANDB_ENTITY say where
     num_threads: int = 0  # CPU threads of torch and of the simulator (0: all cores)
     eval_every: int = 50  # iterations between meta-tests
     checkpoint_every: int = 10  # iterations between checkpoints
@@ -366,7 +367,7 @@ def evaluate(agent, tasks, num_modes, args) -> tuple[dict, dict]:
     scores = [[] for _ in range(args.num_eval_steps + 1)]
     episodes = {}
     found = []
-    for first in range(0, len(tasks), args.meta_batch_size):
+    for first in progress(range(0, len(tasks), args.meta_batch_size), args):
         group = tasks[np.arange(first, first + args.meta_batch_size) % len(tasks)]  # wraps around
         keys = [("eval", first, k) for k in range(args.num_eval_steps + 1)]
         batches, params, embeddings = adapt(agent, group, keys, args, test=True)
@@ -532,22 +533,24 @@ class PointEnvs(gym.vector.VectorEnv):
 class UserEnvs(gym.vector.VectorEnv):
     """A registered environment that has sample_tasks(n) and set_task(task), lane by lane.
 
-    Held-out tasks come from its sample_test_tasks(n) if it has one. [-1, 1] is mapped to the bounds
-    of its Box actions; info["sparse_reward"] and info["success"] are passed on. See docs/tasks.md.
+    They, and sample_test_tasks(n) for held-out tasks of their own, may be a wrapper's. Vectors in
+    [-1, 1] become actions; info["sparse_reward"] and info["success"] are passed on. docs/tasks.md.
     """
 
     def __init__(self, env_id: str, num_envs: int):
         self.env_id = env_id
         self.num_envs = num_envs
         self.envs = [gym.make(env_id, disable_env_checker=True) for _ in range(num_envs)]
-        first = self.envs[0]
+        atexit.register(self.close)
         for method in ("sample_tasks", "set_task"):
-            if not callable(getattr(first.unwrapped, method, None)):
+            if not callable(self.of_env(method)):
                 fail(f"{env_id} is no family of tasks: it has no method {method} (docs/tasks.md)")
-        self.native_obs = first.observation_space
-        self.native = first.action_space
+        self.native_obs = self.envs[0].observation_space
+        self.native = self.envs[0].action_space
         if not getattr(self.native_obs, "is_np_flattenable", False):
             fail(f"{env_id} has observations that no vector holds: {self.native_obs}")
+        if self.native_obs.dtype == np.uint8 and len(self.native_obs.shape) == 3:
+            fail(f"{env_id} has images as observations, {self.native_obs}; vectors are supported")
         if math.prod(getattr(self.native, "shape", None) or ()) == 0:
             fail(f"{env_id} has no actions: {self.native}")
         if not isinstance(self.native, gym.spaces.Box | gym.spaces.Discrete):
@@ -559,12 +562,17 @@ class UserEnvs(gym.vector.VectorEnv):
         self.single_action_space = (
             self.native if self.discrete else gym.spaces.Box(-1, 1, (size,), np.float64)
         )
-        self.horizon = first.spec.max_episode_steps or 0
-        self.num_modes = getattr(first.unwrapped, "num_modes", 0)
+        self.horizon = self.envs[0].spec.max_episode_steps or 0
+        self.num_modes = self.of_env("num_modes") or 0
+
+    def of_env(self, name: str, lane: int = 0):
+        """An attribute of a lane's environment or of its wrappers; None if there is none."""
+        env = self.envs[lane]
+        return env.get_wrapper_attr(name) if env.has_wrapper_attr(name) else None
 
     def sample_tasks(self, n: int, rng, method: str = "sample_tasks") -> np.ndarray:
-        self.envs[0].reset(seed=int(rng.integers(2**31)))
-        tasks = getattr(self.envs[0].unwrapped, method)(n)
+        self.envs[0].unwrapped.np_random = rng
+        tasks = self.of_env(method)(n)
         try:
             array = np.asarray(tasks)
         except ValueError:  # rows of several lengths
@@ -577,7 +585,7 @@ class UserEnvs(gym.vector.VectorEnv):
         return array
 
     def sample_test_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        own = hasattr(self.envs[0].unwrapped, "sample_test_tasks")
+        own = self.of_env("sample_test_tasks")
         return self.sample_tasks(n, rng, "sample_test_tasks" if own else "sample_tasks")
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
@@ -585,46 +593,73 @@ class UserEnvs(gym.vector.VectorEnv):
         self.obs = np.zeros((self.num_envs, *self.single_observation_space.shape))
         self.terminated = np.zeros(self.num_envs, bool)
         self.truncated = np.zeros(self.num_envs, bool)
-        for env, task in zip(self.envs, options["task"], strict=True):
-            env.unwrapped.set_task(task)
+        for i, task in enumerate(options["task"]):
+            self.of_env("set_task", i)(task)
         for i, env in enumerate(self.envs):
-            self.obs[i] = self._flat(env.reset(seed=int(seeds[i]))[0])
+            told = env.reset(seed=int(seeds[i]))
+            if not isinstance(told, tuple) or len(told) != 2:
+                fail(f"{self.env_id}: reset must return obs and info, not {told!r:.80}")
+            self.obs[i] = self._flat("reset", told[0])
         return self.obs.copy(), {}
 
     def step(self, actions: np.ndarray):
-        if self.discrete:
-            actions = self.native.start + actions
-        else:
-            low, high = (-1, 1)
-            if self.native.is_bounded():
-                low, high = self.native.low, self.native.high
-            share = (np.clip(actions, -1, 1).reshape(-1, *self.native.shape) + 1) / 2
-            actions = low + share * (high - low)
+        actions = self._native(actions)
         rewards = np.zeros(self.num_envs)
         infos = {}
         for i in np.flatnonzero(~(self.terminated | self.truncated)):
-            action = actions[i].astype(self.native.dtype)
-            obs, reward, self.terminated[i], self.truncated[i], info = self.envs[i].step(action)
-            self.obs[i] = self._flat(obs)
+            try:
+                obs, reward, terminated, truncated, info = self.envs[i].step(actions[i])
+                names = info.keys() & {"sparse_reward", "success"}
+            except (AttributeError, ValueError) as error:
+                if not re.search("values to unpack|attribute 'keys'", str(error)):
+                    raise
+                needed = "obs, reward, terminated, truncated and a dictionary"
+                fail(f"{self.env_id}: step must return {needed} ({error})")
+            self.obs[i] = self._flat("step", obs)
             rewards[i] = self._number("reward", reward)
-            for name in info.keys() & {"sparse_reward", "success"}:
+            self.terminated[i] = self._number("terminated", terminated)
+            self.truncated[i] = self._number("truncated", truncated)
+            for name in names:
                 infos.setdefault(name, np.zeros(self.num_envs))[i] = self._number(name, info[name])
         return self.obs.copy(), rewards, self.terminated.copy(), self.truncated.copy(), infos
 
-    def _flat(self, obs) -> np.ndarray:
+    def close_extras(self, **kwargs):
+        for env in self.envs:
+            env.close()
+
+    def _native(self, actions: np.ndarray) -> np.ndarray:
+        """Its own actions. Where both bounds are finite [-1, 1] is mapped to them, integers with
+        equal shares; elsewhere an action is clipped to the bound that there is.
+        """
+        space = self.native
+        if self.discrete:
+            return (space.start + actions).astype(space.dtype)
+        whole = space.dtype.kind in "biu"
+        largest = math.inf if whole else np.finfo(space.dtype).max
+        low, high = space.low.astype(float), space.high.astype(float)
+        actions = actions.reshape(-1, *space.shape)
+        share = (np.clip(actions, -1, 1) + 1) / 2
+        with np.errstate(invalid="ignore", over="ignore"):
+            within = low + share * (high - low + whole)
+        actions = np.where((low > -largest) & (high < largest), within, actions)
+        return np.clip(np.floor(actions) if whole else actions, low, high).astype(space.dtype)
+
+    def _flat(self, method: str, obs) -> np.ndarray:
         """An observation as a vector; ends the program if it is none of its space."""
         try:
             flat = gym.spaces.flatten(self.native_obs, obs)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             flat = np.empty(0)
         if np.shape(flat) != self.single_observation_space.shape or flat.dtype.kind not in "biuf":
-            fail(f"{self.env_id}: the observation {obs!r:.80} is not in {self.native_obs}")
+            fail(
+                f"{self.env_id}: {method} returned {obs!r:.80}, no observation in {self.native_obs}"
+            )
         return flat
 
     def _number(self, name: str, value) -> float:
         number = np.asarray(value)
         if number.size != 1 or number.dtype.kind not in "biuf":
-            fail(f"{self.env_id}: {name} must be a number, not {value!r:.80}")
+            fail(f"{self.env_id}: step returned {name} {value!r:.80}, which must be one number")
         return number.item()
 
 
@@ -660,10 +695,6 @@ def make_envs(env_id: str, num_envs: int = 1) -> gym.vector.VectorEnv:
         near = difflib.get_close_matches(env_id, [*POINT_FAMILIES, *gym.registry])
         hint = f" Near: {', '.join(near)}." if near else ""
         fail(f"no tasks {env_id}: {str(error).splitlines()[0]}{hint}")
-    except SystemExit as error:
-        if error.code:
-            raise
-        fail(f"{env_id} has called sys.exit()")
 
 
 def make_tasks(args) -> tuple[gym.vector.VectorEnv, np.ndarray, np.ndarray]:
@@ -683,11 +714,14 @@ def make_tasks(args) -> tuple[gym.vector.VectorEnv, np.ndarray, np.ndarray]:
         train = envs.sample_tasks(args.num_train_tasks, np.random.default_rng([args.task_seed, 0]))
     sample = getattr(envs, "sample_test_tasks", envs.sample_tasks)
     test = sample(args.num_test_tasks, np.random.default_rng([args.task_seed, 1]))
-    if "sparse" in (args.train_reward, args.test_reward):
-        obs = reset_lanes(envs, test[:1], keyed_generator(args, "sparse reward"))
+    sparse = "sparse" in (args.train_reward, args.test_reward)
+    if sparse or isinstance(envs, UserEnvs):  # see what a step brings, before many lanes are made
+        generator = keyed_generator(args, "first step")
+        reset_lanes(envs, test[:1], generator)
         space = envs.single_action_space
-        nothing = torch.as_tensor(np.zeros((1, *space.shape), space.dtype), device=obs.device)
-        if "sparse_reward" not in step_lanes(envs, nothing)[4]:
+        nothing = torch.as_tensor(np.zeros((1, *space.shape), space.dtype))
+        info = step_lanes(envs, nothing.to(generator.device))[4]
+        if sparse and "sparse_reward" not in info:
             fail(f"{args.env_id} reports no sparse reward")
     return envs, train, test
 
@@ -971,7 +1005,8 @@ def show(*lines: str):
     """Print on rank 0. A reader that has gone (head -1) or a full disk does not end the run."""
     if ranks()[0] == 0 and sys.stdout:
         try:
-            print(*lines, sep="\n", flush=True)
+            tqdm.write("\n".join(lines), file=sys.stdout)  # not into the bar
+            sys.stdout.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -1047,10 +1082,8 @@ def parse(args_class, argv: list[str] | None = None):
         if flag in given and not getattr(args, flag[2:]):
             fail(f"{flag}: the name of the folder is empty")
     folder = args.resume or args.evaluate
-    if not folder or "--env-id" in given:
-        sys.path.append(
-            os.getcwd()
-        )  # the last place to look for module:Id-v0, if the user named it
+    if argv is None and (not folder or "--env-id" in given):
+        sys.path.append(os.getcwd())  # the last place for module:Id-v0, if the user named it
     if not folder:
         return args
     saved = args_class(**load_checkpoint(folder, args_class)["args"])
@@ -1061,21 +1094,38 @@ def parse(args_class, argv: list[str] | None = None):
             fail(f"{where} in the working folder, give --env-id {saved.env_id} too")
         show(f"tasks of {folder} come from {found.origin}")
     args = tyro.cli(args_class, args=argv, default=saved)
-    for name in asdict(saved).keys() - MAY_CHANGE if args.resume else ():
-        if getattr(args, name) != getattr(saved, name):
-            flag = f"--{name.replace('_', '-')}"
-            fail(f"{flag} of {folder} is {getattr(saved, name)} and cannot change")
+    args.from_parse = True
     return args
 
 
-def setup(args) -> tuple:
-    """Check the arguments, seed torch, set threads and device, join the ranks.
+def saved_args(args, checkpoint: dict):
+    """args of a run to resume or to evaluate.
 
-    Returns a copy of args, the device, and the checkpoint of --resume or --evaluate, else {}.
+    In code, main(Args(resume=folder)), what is left at its default is the run's; parse has seen to
+    that, and knows what was given.
     """
-    args = replace(args)
+    saved = type(args)(**checkpoint["args"])
+    if not getattr(args, "from_parse", False):
+        given = {name: x for name, x in asdict(args).items() if x != getattr(type(args), name)}
+        args = replace(saved, **given)
+    for name in asdict(saved).keys() - MAY_CHANGE if args.resume else ():
+        if getattr(args, name) != getattr(saved, name):
+            flag = f"--{name.replace('_', '-')}"
+            fail(f"{flag} of {args.resume} is {getattr(saved, name)} and cannot change")
+    return args
+
+
+def check_args(args):
+    """End the program if a value is not of its flag's type, or out of range."""
+    hints = get_type_hints(type(args))
     for name, value in asdict(args).items():
         flag = f"--{name.replace('_', '-')} {value}"
+        kinds = get_args(hints[name]) or [hints[name]]
+        kinds = [choice for kind in kinds for choice in get_args(kind) or [kind]]
+        types = tuple({float: (float, int)}.get(x, x) for x in kinds if isinstance(x, type))
+        if not isinstance(value, types) and value not in kinds:
+            choices = " or ".join(getattr(x, "__name__", str(x)) for x in kinds)
+            fail(f"{flag}: must be {choices.replace('NoneType', 'None')}")
         zero = name in args.may_be_zero
         if type(value) in (int, float) and not (0 < value < math.inf or (zero and value == 0)):
             fail(f"{flag}: must be {'0 or more' if zero else 'above 0'}")
@@ -1086,24 +1136,73 @@ def setup(args) -> tuple:
             fail(f"{flag}: is too large")
     if args.resume and args.evaluate:
         fail("--resume and --evaluate exclude each other")
-    join_ranks(args)
+
+
+def setup(args, complete=replace) -> tuple:
+    """Check the arguments, seed torch, set threads and device, join the ranks.
+
+    complete: of args, a copy with values for what is unset. Returns that, the device, and the
+    checkpoint of --resume or --evaluate, else {}.
+    """
+    check_args(args)
     checkpoint = {}
     if args.resume or args.evaluate:
         checkpoint = load_checkpoint(args.resume or args.evaluate, type(args))
+        args = saved_args(args, checkpoint)
+    args = complete(args)
+    check_args(args)
+    join_ranks(args)
     if args.resume and checkpoint["ranks"] != ranks()[1]:
         fail(f"--resume: {args.resume} is a run of {checkpoint['ranks']} ranks, not {ranks()[1]}")
     if args.resume and checkpoint["global_step"] >= args.total_timesteps:
         show(f"{args.resume} is complete; its meta-test:")
         args = replace(args, resume="", evaluate=args.resume)
     torch.manual_seed(args.seed)
-    share = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    torch.set_num_threads(args.num_threads or share)
+    torch.set_num_threads(args.num_threads or cores())
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     GRAPHS.clear()
     return args, device_of(args), checkpoint
+
+
+def cores() -> int:
+    """This process's share of the cores that it may use, or OMP_NUM_THREADS, which torchrun sets to
+    1 by itself.
+    """
+    if ranks()[1] == 1 and os.environ.get("OMP_NUM_THREADS", "").isdecimal():
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def restoring(main):
+    """main, after which torch's settings are what they were; nothing in it may end as a success."""
+
+    @wraps(main)
+    def call(args):
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        threads = torch.get_num_threads()
+        holders = [(torch.utils.deterministic, "fill_uninitialized_memory")]
+        holders += [
+            (torch.backends.cuda.matmul, "allow_tf32"),
+            (torch.backends.cudnn, "allow_tf32"),
+        ]
+        before = [getattr(*holder) for holder in holders]
+        try:
+            return main(args)
+        except SystemExit as error:
+            if error.code:
+                raise
+            fail("the environment has called sys.exit()")
+        finally:
+            torch.use_deterministic_algorithms(deterministic)
+            torch.set_num_threads(threads)
+            for (owner, name), value in zip(holders, before, strict=True):
+                setattr(owner, name, value)
+
+    return call
 
 
 def join_ranks(args):
@@ -1190,6 +1289,7 @@ class Run:
         self.metrics = {}
         self.rank, self.num_ranks = ranks()
         self.signalled = self.stopped = False
+        self.tracker = None
         self.start = self.printed = time.perf_counter()
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
@@ -1200,6 +1300,8 @@ class Run:
         self.folder = Path(args.resume or "runs/" + re.sub(r"[^\w.-]", "_", name))
         if self.rank > 0:
             return
+        if args.track:
+            self._track()
         with self._writing():  # purge_step hides what will be done again
             self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step + 1)
             rows = [f"|{name}|{value}|" for name, value in asdict(args).items()]
@@ -1229,9 +1331,25 @@ class Run:
             last = "; the last checkpoint is kept" if kept else ""
             fail(f"cannot write to {self.folder}: {reason}{last}")
 
+    def _track(self):
+        """Before there is a writer: Weights & Biases, which logs what TensorBoard does."""
+        try:
+            import wandb
+        except ModuleNotFoundError:
+            fail("--track needs pip install wandb")
+        name = self.folder.name
+        group = f"{self.args.env_id}__{self.args.exp_name}"
+        config = asdict(self.args)
+        more = {"resume": "allow", "sync_tensorboard": True, "group": group, "config": config}
+        wandb.init(id=name, name=name, **more)
+        self.tracker = wandb
+
     def _on_signal(self, number, frame):
         self.signalled = True
         signal.signal(number, signal.SIG_DFL)  # a second one aborts
+        if self.rank == 0:
+            with suppress(OSError):
+                os.write(2, b"\nstopping after this iteration; again to abort\n")
 
     @property
     def complete(self) -> bool:
@@ -1326,10 +1444,15 @@ class Run:
         if self.rank == 0:
             self.bar.close()
             self.writer.close()
-        if isinstance(error, SystemExit) and not error.code:
-            fail(f"{self.args.env_id} has called sys.exit()")
+        if self.tracker:
+            self.tracker.finish()
         if self.stopped and not error:
             show(f"stopped; --resume {self.folder} goes on from here")
+
+
+def progress(steps, args):
+    """steps, with a bar in a terminal where a meta-test is all that there is to do."""
+    return tqdm(steps, disable=None if args.evaluate else True, leave=False)
 
 
 def stack_scores(scores: list[list[dict]], num_tasks: int) -> dict[str, np.ndarray]:
@@ -1387,6 +1510,8 @@ def report(scores: dict, tasks: np.ndarray, args, episodes: dict | None = None) 
             count = k * args.eval_episodes
             metrics[f"eval/{name}_after_{count}_episodes"] = float(mean)
             table.append(f"  after {count:4d} episodes {shown[k]}")
+        if name in ("return", "success"):
+            metrics[f"eval/{name}"] = float(means[-1])
     if episodes is not None:
         show(*table)
     if episodes is not None and args.evaluate and ranks()[0] == 0:
@@ -1523,6 +1648,8 @@ def standardised_advantages(batch, args) -> torch.Tensor:
 
 
 # <<< shared: baseline
+
+main = restoring(main)
 
 if __name__ == "__main__":
     main(parse(Args))

@@ -481,7 +481,7 @@ def test_code_may_evaluate_and_resume(script, train, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ({"num_test_tasks": 2.5}, "--num-test-tasks 2.5: must be int or None"),
+        ({"num_test_tasks": 2.5}, "--num-test-tasks 2.5: must be int"),
         ({"train_reward": "spars"}, "--train-reward spars: must be dense or sparse"),
         ({"gamma": "0.9"}, "--gamma 0.9: must be float"),
         ({"cuda": "no"}, "--cuda no: must be bool"),

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import user_tasks
-from conftest import LEAST, OWN, SCRIPTS, TINY, load
+from conftest import LEAST, OWN, SCRIPTS, TINY, load, tiny
+from gymnasium.spaces import Box
 from user_tasks import Ragged
 
 import maml_trpo
@@ -479,12 +480,145 @@ def test_observations_that_no_vector_holds(monkeypatch, name):
         make_envs("user_tasks:Asymmetric-v0", 2)
 
 
+INF, BIG = np.inf, np.finfo(np.float32).max
+BOUNDS = {  # space: actions of the agent, and what they are there
+    "Half": (Box(0, INF, (1,), np.float32), {-3: 0, 0.5: 0.5, 7: 7}),
+    "HalfUp": (Box(-INF, -2, (1,), np.float32), {-7: -7, 0: -2}),
+    "Finfo": (Box(-BIG, BIG, (1,), np.float32), {-7: -7, 0.5: 0.5}),
+    "Constant": (Box(1, 1, (1,), np.float32), {-1: 1, 0: 1, 9: 1}),
+    "Whole": (Box(0, 4, (1,), np.int64), {-1: 0, -0.61: 0, -0.59: 1, 0: 2, 0.59: 3, 0.61: 4, 1: 4}),
+    "Bytes": (Box(0, 255, (1,), np.uint8), {-9: 0, 0: 128, 1: 255}),
+    "Bits": (Box(0, 1, (1,), bool), {-0.1: 0, 0.1: 1}),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_bounds_of_actions(monkeypatch, name):
+    """The environment asserts that they are in its space."""
+    space, actions = BOUNDS[name]
+    monkeypatch.setitem(user_tasks.ACTIONS, "unbounded", space)
+    envs, _ = make("user_tasks:Unbounded-v0", len(actions))
+    envs.reset(seed=0, options={"task": np.full((len(actions), 2), 5.0)})
+    envs.step(np.array([*actions], float)[:, None])
+    given = [env.unwrapped.given[0] for env in envs.envs]
+    assert [x.item() for x in given] == pytest.approx([*actions.values()])
+    assert {x.dtype for x in given} == {space.dtype}
+
+
+def test_bounds_are_of_each_dimension(monkeypatch):
+    space = Box(np.array([0, -INF], np.float32), np.array([10, INF], np.float32))
+    monkeypatch.setitem(user_tasks.ACTIONS, "unbounded", space)
+    envs, _ = make("user_tasks:Unbounded-v0", 1)
+    envs.reset(seed=0, options={"task": np.full((1, 2), 5.0)})
+    envs.step(np.array([[0.5, 0.5]]))
+    assert envs.envs[0].unwrapped.given[0].tolist() == [7.5, 0.5]
+
+
+class Wind(gym.Wrapper):
+    """Tasks from outside, by a wrapper; its reset needs the task that was set."""
+
+    def sample_tasks(self, n):
+        return self.np_random.uniform(-1, 1, (n, 1))
+
+    def set_task(self, task):
+        self.wind = task
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return obs + self.wind, info
+
+
+class Place(gym.Env):
+    observation_space = Box(-INF, INF, (1,), np.float64)
+    action_space = Box(-1, 1, (1,), np.float64)
+    closed = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1), {}
+
+    def step(self, action):
+        return np.zeros(1), 0.0, False, False, {}
+
+    def close(self):
+        Place.closed += 1
+
+
+gym.register("Wind-v0", lambda: Wind(Place()), max_episode_steps=3)
+
+
+def test_tasks_of_a_wrapper(script, train):
+    envs, tasks = make("Wind-v0", 3)
+    assert len(np.unique(tasks)) == 3
+    assert np.array_equal(tasks, make("Wind-v0", 3)[1])
+    assert np.array_equal(envs.reset(seed=0, options={"task": tasks})[0], tasks)
+    train(script, env_id="Wind-v0", horizon=0, total_timesteps=LEAST[script.__name__])
+
+
+def test_environments_are_closed(monkeypatch):
+    """At the end of the process, after an error too."""
+    at_exit = []
+    monkeypatch.setattr(maml_trpo.atexit, "register", at_exit.append)
+    make("Wind-v0", 4)
+    before = Place.closed
+    for call in at_exit:
+        call()
+    assert Place.closed == before + 4
+
+
+def test_pictures_are_refused(monkeypatch):
+    monkeypatch.setitem(user_tasks.OBSERVATIONS, "flat", Box(0, 255, (64, 64, 3), np.uint8))
+    with pytest.raises(SystemExit, match=r"has images as observations, .* vectors are supported"):
+        make_envs("user_tasks:Asymmetric-v0", 1)
+
+
+@pytest.mark.parametrize(
+    "method, returned, message",
+    [
+        ("step", (np.zeros(3), 1.0, False, {}), "step must return .*expected 5"),
+        ("step", (np.zeros(3), 1.0, False, False, None), "step must return .* a dictionary"),
+        ("step", (np.zeros(3), 1.0, None, False, {}), "step returned terminated None"),
+        ("step", (np.zeros(3), 1.0, False, False, {"success": "yes"}), "step returned success"),
+        ("reset", np.zeros(3), "reset must return obs and info, not array"),
+    ],
+)
+def test_results_of_another_form(monkeypatch, train, method, returned, message):
+    """One line before many lanes are made."""
+    monkeypatch.setattr(Ragged, method, lambda env, *args, **kwargs: returned)
+    with pytest.raises(SystemExit, match=f"^error: user_tasks:Asymmetric-v0: {message}"):
+        train(maml_trpo, env_id="user_tasks:Asymmetric-v0")
+    assert len(Ragged.made) == 1
+
+
+def test_errors_of_an_environment_keep_their_traceback(monkeypatch, train):
+    """Also those that look like ours."""
+
+    def fails(env, action):
+        return [].item
+
+    monkeypatch.setattr(Ragged, "step", fails)
+    with pytest.raises(AttributeError, match="item"):
+        train(maml_trpo, env_id="user_tasks:Asymmetric-v0")
+
+
+def test_a_time_limit_that_is_not_reached_costs_nothing(train):
+    """Episodes of ten steps at most, under a limit of a hundred thousand."""
+    lengths = []
+    for limit in (12, 100_000):
+        gym.register(f"Limit{limit}-v0", Ragged, max_episode_steps=limit)
+        _, metrics = train(maml_trpo, env_id=f"Limit{limit}-v0", horizon=0, total_timesteps=1)
+        lengths.append(metrics["charts/episodic_length"])
+    assert lengths[0] == pytest.approx(lengths[1], abs=2)
+
+
 @pytest.mark.parametrize("obs", [None, "abc", np.zeros(4), {"place": np.zeros(3)}, 1.0], ids=str)
 @pytest.mark.parametrize("env_id", ["user_tasks:Asymmetric-v0", "user_tasks:Dict-v0"])
 def test_observations_outside_their_space(monkeypatch, env_id, obs):
     monkeypatch.setattr(Ragged, "observe", lambda env: obs)
     envs, tasks = make_envs(env_id, 2), np.full((2, 2), 5.0)
-    with pytest.raises(SystemExit, match=rf"^error: {env_id}: the observation .* is not in "):
+    with pytest.raises(
+        SystemExit, match=rf"^error: {env_id}: reset returned .*, no observation in "
+    ):
         envs.reset(seed=0, options={"task": tasks})
 
 
@@ -495,7 +629,7 @@ def test_rewards_that_are_no_numbers(what, value):
     envs.envs[1].unwrapped.fault = (0, what.replace("_", " "), value)
     envs.reset(seed=0, options={"task": np.full((2, 2), 5.0)})
     with pytest.raises(
-        SystemExit, match=rf"^error: user_tasks:Asymmetric-v0: {what} must be a num"
+        SystemExit, match=rf"^error: user_tasks:Asymmetric-v0: step returned {what} .* one number"
     ):
         envs.step(np.zeros((2, 2)))
 
@@ -510,17 +644,15 @@ def test_rewards_of_one_element_are_numbers():
 def test_an_environment_that_exits_is_an_error(script, train, monkeypatch):
     """sys.exit(0) in a step must not end the program as if all had gone well."""
     monkeypatch.setattr(Ragged, "step", lambda env, action: sys.exit(0))
-    with pytest.raises(
-        SystemExit, match=r"^error: user_tasks:Asymmetric-v0 has called sys.exit\(\)$"
-    ):
+    with pytest.raises(SystemExit, match=r"^error: the environment has called sys.exit\(\)$"):
         train(script, env_id="user_tasks:Asymmetric-v0")
 
 
 def test_a_module_that_exits_is_an_error(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "exits.py").write_text("import sys\nsys.exit(0)\n")
-    with pytest.raises(SystemExit, match=r"^error: exits:Id-v0 has called sys.exit\(\)$"):
-        make_envs("exits:Id-v0", 1)
+    with pytest.raises(SystemExit, match=r"^error: the environment has called sys.exit\(\)$"):
+        maml_trpo.main(Args(env_id="exits:Id-v0"))
 
 
 @pytest.mark.parametrize("module", ["../../x", ".x", "x/y", "a b", "1"])
@@ -533,7 +665,11 @@ def test_a_module_in_the_current_folder(tmp_path, monkeypatch, train, script):
     (tmp_path / "my_family.py").write_text(
         "import gymnasium, user_tasks\ngymnasium.register('Mine-v0', user_tasks.Ragged, max_episode_steps=5)\n"
     )
-    folder, metrics = train(script, env_id="my_family:Mine-v0", horizon=0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["x", *tiny(script, env_id="my_family:Mine-v0", horizon=0)])
+    metrics = script.main(script.parse(script.Args))
+    (folder,) = (tmp_path / "runs").iterdir()
     assert metrics["charts/episodic_length"] <= 5 and "eval/success_after_0_episodes" in metrics
     assert ":" not in folder.name
 
