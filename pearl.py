@@ -121,13 +121,13 @@ class Args:
     regularization: float | None = None  # weight of the actor's squared mean and log std (unset: 1e-5, 1e-3, 1e-3)
     exploration_episodes: int | None = None  # episodes of a meta-test before the belief is first used (unset: 15, 1, 2)
     eval_context: Literal["own", "none", "shuffled"] = "own"  # at meta-test; none: the prior, shuffled: another task's
-    compile: bool = False  # capture the gradient step as a CUDA graph (needs --cuda and one process)
 
     may_be_zero: ClassVar = {"seed", "task_seed", "horizon", "num_threads", "num_eval_steps", "posterior_steps",
                              "extra_steps", "warmup_iterations", "context_window", "replay_size",
                              "kl_weight", "regularization"}
     at_most_one: ClassVar = {"gamma", "tau"}
-    gone: ClassVar = {"--preset": "the paper's values are in benchmarks/pearl.txt"}
+    gone: ClassVar = {"--preset": "the paper's values are in benchmarks/pearl.txt",
+                      "--compile": "--cuda captures CUDA graphs by itself (--no-cudagraphs: off)"}
 # fmt: on
 
 
@@ -158,6 +158,10 @@ class Agent(nn.Module):
     def infer(self, rows, mask) -> tuple[torch.Tensor, torch.Tensor]:
         """(3) The belief given contexts: rows (N, C, W) and their mask (N, C)."""
         return belief(self.encoder(rows[..., : self.context_width]), mask)
+
+    def act(self, z, obs, noise) -> torch.Tensor:
+        """Of rollout: z (N, E, Z), obs (N, E, O), normal noise (N, E, A) -> actions (N, E, A)."""
+        return self.sac.act(obs, z, noise)[0]
 
 
 def belief(factors, mask) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,7 +216,9 @@ class Experience:
         return self.replay.gather(ids, first.unsqueeze(1) + offset), mask
 
     def draw_batch(self, generator, args) -> tuple:
-        """(2) What gradient_step takes, of this rank's share of N tasks."""
+        """(2) Of this rank's share of N tasks: transitions (N, B, ...) by name, contexts (N, C, W),
+        their mask (N, C), and normal noise for z (N, Z) and two actions (N, B, A).
+        """
         n = args.meta_batch_size // ranks()[1]
         random = {"generator": generator, "device": self.window.device}
         ids = torch.rand(len(self.window), **random).topk(n).indices
@@ -230,16 +236,12 @@ def collect(q, tasks, key, agent, args, test=False, deterministic=False) -> dict
     key: of the draws. Returns the batch of rollout with the rewards of training or of the test,
     and those of contexts, which are always the training's.
     """
-
-    def act(z, obs, noise):
-        return agent.sac.act(obs, z, noise)[0]
-
     episodes = args.eval_episodes if test else args.episodes_per_task
     mean, variance = (x.unsqueeze(1) for x in q)
-    rng = keyed_rng(args.seed, f"latents of {key[0]}", *key[1:])
-    noise = rng.normal(size=(len(tasks), episodes, agent.latent_size))
-    z = mean + variance.sqrt() * torch.as_tensor(noise, dtype=mean.dtype, device=mean.device)
-    batch = rollout(act, z, tasks, episodes, key, args, deterministic)
+    generator = keyed_generator(args, f"latents of {key[0]}", *key[1:])
+    shape = (len(tasks), episodes, agent.latent_size)
+    z = mean + variance.sqrt() * torch.randn(shape, generator=generator, device=mean.device)
+    batch = rollout(agent.act, z, tasks, episodes, key, args, deterministic)
     batch["context_rewards"] = batch[f"{args.train_reward}_rewards"]
     batch["rewards"] = batch[f"{args.test_reward if test else args.train_reward}_rewards"]
     return batch
@@ -263,7 +265,7 @@ def explore(phases, ids, experience, reach, key, agent, args) -> list[dict]:
             round_key = (*key, len(rounds))
             q = agent.prior(len(ids))
             if phase in ("posterior", "extra") and done:  # a phase starts with the prior (original)
-                generator = torch_generator(ids.device, args.seed, "contexts", *round_key[1:])
+                generator = keyed_generator(args, "contexts", *round_key[1:])
                 q = agent.infer(*experience.draw_context(ids, generator, args))
             batch = collect(q, tasks, round_key, agent, args)
             rows, mask = to_rows(batch, experience.columns)
@@ -281,12 +283,10 @@ def explore(phases, ids, experience, reach, key, agent, args) -> list[dict]:
 LOSSES = ["qf_loss", "qf_values", "kl", "posterior_std", "actor_loss", "entropy"]
 
 
-def gradient_step(agent, optimizers, batch, context, mask, noise, args) -> torch.Tensor:
-    """(3)-(6) One step of all networks; returns the values of LOSSES.
+def gradient_step(agent, optimizers, experience, generator, args) -> torch.Tensor:
+    """(2)-(6) One step of all networks, on what it draws; returns the values of LOSSES."""
+    batch, context, mask, noise = experience.draw_batch(generator, args)
 
-    batch: transitions (N, B, ...) by name; context (N, C, W), mask (N, C); noise: normal, for z
-    (N, Z) and two actions (N, B, A).
-    """
     # (3) one z per task
     mean, variance = agent.infer(context, mask)
     z = (mean + variance.sqrt() * noise[0]).unsqueeze(1).expand(-1, args.batch_size, -1)
@@ -310,18 +310,15 @@ def gradient_step(agent, optimizers, batch, context, mask, noise, args) -> torch
 
 def gradient_steps(agent, optimizers, experience, times, lr, key, args) -> dict[str, float]:
     """(2)-(6) `times` steps with step size lr; key: of the draws. Returns losses/*, their means."""
-    generator = torch_generator(experience.window.device, args.seed, *key)
+    generator = keyed_generator(args, *key)
     for optimizer in optimizers.values():
-        optimizer.param_groups[0]["lr"] = lr
-
-    def step():
-        batch, context, mask, noise = experience.draw_batch(generator, args)
-        return gradient_step(agent, optimizers, batch, context, mask, noise, args)
-
-    means = all_reduce(repeat(step, times, generator, args.compile)) / ranks()[1]
+        optimizer.param_groups[0]["lr"].fill_(lr)
+    step = graphed(gradient_step, args)
+    total = sum(step(agent, optimizers, experience, generator, args) for _ in range(times))
+    means = all_reduce(total / times) / ranks()[1]
     losses = dict(zip(LOSSES, means.tolist(), strict=True))
     bad = [f"{name} {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
-    if bad or not all(p.isfinite().all() for p in agent.parameters()):
+    if bad or not parameters_to_vector(agent.parameters()).isfinite().all():
         what = ", ".join(bad) or "networks are not finite"
         advice = f"try a smaller --learning-rate ({args.learning_rate}) or --reward-scale"
         fail(f"training diverged in iteration {key[1]}, {what}: {advice}")
@@ -373,17 +370,17 @@ def main(args: Args) -> dict[str, float]:
     num_tasks = len(experience.tasks)
     num_picked = args.picked_tasks // num_ranks
     first = math.ceil(num_tasks / num_picked)  # iterations of the initial collection
-    adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=args.cuda)
-    critics = [*agent.sac.critics.parameters(), *agent.encoder.parameters()]
-    optimizers = {"critics": adam(critics), "actor": adam(agent.sac.actor.parameters())}
+    parameters = {"critics": [*agent.sac.critics.parameters(), *agent.encoder.parameters()]}
+    parameters["actor"] = [*agent.sac.actor.parameters()]
+    optimizers = {}
+    for name, saved in checkpoint.get("optimizers", dict.fromkeys(parameters)).items():
+        optimizers[name] = adam(parameters[name], args.learning_rate, args, saved)
 
     with Run(args, checkpoint) as run:
         if checkpoint:
             own = run.own(checkpoint)
             experience.replay.load(own["replay"])
             experience.window.copy_(own["window"])
-            for name, optimizer in optimizers.items():
-                optimizer.load_state_dict(checkpoint["optimizers"][name])
         size = f"{args.replay_size} steps, {experience.replay.bytes / 1e9:.2f} GB"
         values = ", ".join(f"{name} {getattr(args, name)}" for name in BY_KIND)
         show(values, f"replay: {num_tasks} tasks x {size}")
@@ -1658,8 +1655,6 @@ def check(envs, args):
     """End the program if flags do not go together. Sets replay_size."""
     if isinstance(envs.single_action_space, gym.spaces.Discrete):
         fail(f"{args.env_id} has Discrete actions; pearl.py needs Box")
-    if args.compile and (not args.cuda or ranks()[1] > 1):
-        fail("--compile captures a CUDA graph: it needs --cuda, and one process")
     for name in ("num_train_tasks", "picked_tasks"):
         if getattr(args, name) % ranks()[1]:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
