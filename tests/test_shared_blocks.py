@@ -29,7 +29,7 @@ MANIFEST = {
 }
 # same role, other mathematics
 EACH_ITS_OWN = {"Args", "Policy", "Agent", "collect", "evaluate", "main"}
-EACH_ITS_OWN |= {"inner_loss", "inner_step", "split", "adapted_policies"}
+EACH_ITS_OWN |= {"inner_loss", "inner_step", "inner_steps", "split", "adapted_policies"}
 THIRD_PARTY = {"torch", "numpy", "gymnasium", "tyro", "tqdm", "tensorboard"}
 
 COLUMNS = 100  # of a line, but for those of Args
