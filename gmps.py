@@ -1608,30 +1608,6 @@ def apply_gradient(optimizer: torch.optim.Optimizer, loss: torch.Tensor):
     optimizer.step()
 
 
-def torch_generator(device: torch.device, seed: int, purpose: str, *key: int) -> torch.Generator:
-    """keyed_rng for torch."""
-    return torch.Generator(device).manual_seed(int(keyed_rng(seed, purpose, *key).integers(2**63)))
-
-
-def repeat(step, times: int, generator: torch.Generator, capture: bool) -> torch.Tensor:
-    """The mean of what `times` calls of step() return; with capture, a few calls, then replays of a
-    CUDA graph, whose draws are from generator.
-    """
-    eager = min(times, 3) if capture else times
-    stream = torch.cuda.Stream() if capture else None  # a capture needs calls on another one first
-    with torch.cuda.stream(stream):
-        total = sum(step() for _ in range(eager))
-    if eager < times:
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):
-            total += step()
-        for _ in range(times - eager):
-            graph.replay()
-    return total / times
-
-
 def to_rows(batch: dict, columns) -> tuple[torch.Tensor, torch.Tensor]:
     """Of episodes (N, E, T, ...), the columns as rows (N, E T, W); and the rows' mask (N, E T)."""
     parts = [batch[name] for name in columns]
