@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=0.9",
+# dependencies = ["torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=1.0",
 #                 "tensorboard>=2.16", "tqdm>=4.66"]
 # ///
 """PEARL: Efficient Off-Policy Meta-Reinforcement Learning via Probabilistic Context Variables.
@@ -107,13 +107,13 @@ class Args:
     context_size: int | None = None  # transitions per task in a context of a gradient step (unset: 400, 40, 100)
     context_segment: int | None = None  # length of the runs of consecutive transitions in it (unset: 20, 20, 1)
     context_window: int | None = None  # latest steps that contexts are of, 0: of a collection (unset: 1600, 1000, 0)
-    context_next_obs: bool | None = None  # whether the context has the next observation (unset: on *RandParams)
+    context_next_obs: tyro.conf.DisallowNone[bool | None] = None  # contexts have next_obs too (unset: on *RandParams)
     replay_size: int = 0  # transitions kept per task (0: twice a task's mean share of total_timesteps)
     latent_size: int | None = None  # Z, dimensions of z (unset: 5, 8, 5)
     hidden_size: int | None = None  # units in each of three hidden layers of actor and critics (unset: 64, 64, 128)
     encoder_size: int | None = None  # units in each of three hidden layers of the encoder (unset: 32, 128, 128)
     learning_rate: float = 1e-3  # step size of Adam, for all networks
-    anneal: bool | None = None  # let learning_rate fall linearly, to 0 at total_timesteps (unset: False, True, False)
+    anneal: tyro.conf.DisallowNone[bool | None] = None  # learning_rate falls linearly to 0 (unset: False, True, False)
     tau: float = 0.005  # share of the critics in the targets, per gradient step
     reward_scale: float | None = None  # factor on the critics' reward (unset: 1.0, 1.0, 5.0)
     temperature: float | None = None  # weight of the entropy for critics and actor (unset: 0.01, 0.01, 1.0)

@@ -62,7 +62,7 @@ def train(train):
 
     def run(script, **flags):
         if not {"resume", "evaluate"} & flags.keys():
-            flags.setdefault("anneal", "False")
+            flags.setdefault("anneal", False)
         return train(script, **flags)
 
     return run
