@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=0.9",
+# dependencies = ["torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=1.0",
 #                 "tensorboard>=2.16", "tqdm>=4.66"]
 # ///
 """GMPS: Guided Meta-Policy Search.
@@ -52,11 +52,11 @@ import threading
 import time
 import zipfile
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
-from typing import ClassVar, Literal, NoReturn
+from typing import ClassVar, Literal, NoReturn, get_args, get_type_hints
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends quietly, during these imports too
@@ -98,6 +98,7 @@ class Args:
     cudagraphs: bool = True  # with --cuda: replay what repeats as CUDA graphs (the same numbers, sooner)
     tf32: bool = False  # with --cuda: matrix products in TF32
     torch_deterministic: bool = True  # use deterministic kernels only
+    track: bool = False  # log to Weights & Biases too; WANDB_PROJECT and WANDB_ENTITY say where
     num_threads: int = 0  # CPU threads of torch and of the simulator (0: all cores)
     eval_every: int = 1  # iterations between meta-tests; none while the expert is trained
     checkpoint_every: int = 1  # iterations between checkpoints
@@ -144,6 +145,7 @@ class Policy(nn.Module):
 
     They read observations in the units of the demonstrations, and the parameters `bias`, the same
     for all observations (the paper's bias transformation). The log std does not depend on them.
+    Beside θ are α, the step sizes of the adapted, those of θ that the inner step changes.
     """
 
     def __init__(self, obs_size: int, action_size: int, args: Args):
@@ -160,6 +162,10 @@ class Policy(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.log_std = nn.Parameter(torch.full((action_size,), math.log(args.init_std)))
+        theta = dict(self.named_parameters())
+        self.adapted = {"all": [*theta], "bias": ["bias"], "none": []}[args.adapt]
+        step_sizes = [torch.full_like(theta[name], args.inner_lr) for name in self.adapted]
+        self.step_sizes = nn.ParameterList(step_sizes)
         self.register_buffer("obs_mean", torch.zeros(obs_size))
         self.register_buffer("obs_std", torch.ones(obs_size))
 
@@ -175,6 +181,24 @@ class Policy(nn.Module):
         log_std = self.log_std.clamp(min=math.log(1e-6))  # the original's floor
         return torch.cat([mean, log_std.expand_as(mean)], -1)
 
+    def split(self) -> tuple[dict, dict]:
+        """The meta-parameters: θ by name, and α of the adapted ones by name."""
+        own = self.named_parameters()
+        theta = {name: p for name, p in own if not name.startswith("step_sizes.")}
+        return theta, dict(zip(self.adapted, self.step_sizes, strict=True))
+
+    def at(self, params, obs) -> torch.Tensor:
+        """forward with params, by name."""
+        return functional_call(self, params, (obs,), tie_weights=False)  # none are tied
+
+    def each(self, params, obs) -> torch.Tensor:
+        """What N policies do, at once: params (N, ...) by name, obs (N, ..., O) -> (N, ..., 2A)."""
+        return vmap(self.at)(params, obs)
+
+    def act(self, params, obs, noise) -> torch.Tensor:
+        """Of rollout: what they do on obs (N, E, O) with normal noise (N, E, A) -> (N, E, A)."""
+        return draw_actions(self.each(params, obs), noise)
+
 
 # ---------------------------------------------------------------------------------- the algorithm
 
@@ -186,16 +210,11 @@ def collect(params, tasks, key, policy, args, test=False, deterministic=False) -
     params: (N, ...) by name; tasks: (N, K); key: of the draws. Returns the batch of rollout with
     the rewards of training or of the test, advantages and the actions' logprobs, (N, E, T).
     """
-    policies = vmap(lambda params, obs: functional_call(policy, params, (obs,)))
-
-    def act(params, obs, noise):
-        return draw_actions(policies(params, obs), noise)
-
     episodes = args.eval_episodes if test else args.episodes_per_task
-    batch = rollout(act, params, tasks, episodes, key, args, deterministic)
+    batch = rollout(policy.act, params, tasks, episodes, key, args, deterministic)
     batch["rewards"] = batch[f"{args.test_reward if test else args.train_reward}_rewards"]
     batch["advantages"] = standardised_advantages(batch, args)
-    dist_params = policies(params, batch["obs"])
+    dist_params = policy.each(params, batch["obs"])
     batch["logprobs"] = distribution(dist_params).log_prob(batch["actions"])
     return batch
 
@@ -208,7 +227,7 @@ def inner_step(params, batch, step_sizes, policy, args) -> tuple[dict, torch.Ten
     """
 
     def loss(adapted):
-        dist_params = functional_call(policy, params | adapted, (batch["obs"],))
+        dist_params = policy.at(params | adapted, batch["obs"])
         ratio = probability_ratio(dist_params, batch).detach()
         weight = ratio
         if args.importance_clip:
@@ -222,6 +241,12 @@ def inner_step(params, batch, step_sizes, policy, args) -> tuple[dict, torch.Ten
     return params | moved, largest
 
 
+def inner_steps(params, batch, step_sizes, policy, args) -> tuple[dict, torch.Tensor]:
+    """(5) for N tasks at once: params and batch have a leading axis."""
+    step = partial(inner_step, step_sizes=step_sizes, policy=policy, args=args)
+    return vmap(step)(params, batch)
+
+
 def imitation_loss(theta, step_sizes, batch, demonstrated, policy, args) -> tuple:
     """(6) Mean of (μ_φi(o) - a*)² over tasks, states and the action's dimensions.
 
@@ -232,7 +257,7 @@ def imitation_loss(theta, step_sizes, batch, demonstrated, policy, args) -> tupl
 
     def of_task(batch, obs):
         params, largest = inner_step(theta, batch, step_sizes, policy, args)
-        return functional_call(policy, params, (obs,)), largest
+        return policy.at(params, obs), largest
 
     together = vmap(of_task, chunk_size=tasks_at_once(batch["obs"]))
     dist_params, largest = together(batch, obs)
@@ -240,42 +265,16 @@ def imitation_loss(theta, step_sizes, batch, demonstrated, policy, args) -> tupl
     return (means - labels).square().mean(), largest
 
 
-def split(meta) -> tuple[dict, dict]:
-    """Meta-parameters to θ and the step size α of each parameter that the inner step changes."""
-    theta = {name: p for name, p in meta.items() if not name.startswith("lr.")}
-    return theta, {name: meta[f"lr.{name}"] for name in theta if f"lr.{name}" in meta}
+def imitation_step(ids, batch, optimizer, data, policy, generator, args) -> tuple:
+    """(6) An Adam step on θ and α, on states drawn from the D_i of the tasks ids (N,).
 
-
-def expert_iteration(sac, data, policy, run, args) -> dict[str, float]:
-    """(1) Train the SAC expert, if that is who is imitated; (2) in the end, or at once, let the
-    expert demonstrate. Returns what to log.
+    batch: that of (3). Returns the loss, and the tasks' largest importance weights, (N,).
     """
-    episodes = args.expert_episodes
-    metrics = {}
-
-    # (1) episodes in all tasks, and gradient steps
-    if sac:
-        batch = rollout(sac.act, data.told, data.tasks, episodes, run.key("train", 0), args)
-        run.global_step += num_steps([batch])
-        rows, mask = to_rows(batch, sac.columns)
-        sac.replay.add(data.ids, rows, mask)
-        metrics["expert/return"] = task_mean(episode_scores(batch)["return"])
-        run.lap("collect")
-        generator = torch_generator(data.told.device, args.seed, *run.key("update"))
-        metrics |= sac.learn(data.told, generator, args)
-        run.lap("update")
-
-    # (2) demonstrations
-    if not sac or run.global_step >= args.expert_timesteps:
-        batch = rollout(data.noisy_act, data.told, data.tasks, episodes, run.key("train", 1), args)
-        run.global_step += num_steps([batch])
-        data.add(data.ids, batch)
-        policy.measure(data.states())
-        metrics["expert/demonstration_return"] = task_mean(episode_scores(batch)["return"])
-        run.lap("collect")
-        if sac:
-            sac.replay.count.zero_()  # no longer needed, nor saved
-    return metrics
+    demonstrated = data.sample(ids, args.batch_size, generator)
+    theta, step_sizes = policy.split()
+    loss, largest = imitation_loss(theta, step_sizes, batch, demonstrated, policy, args)
+    apply_gradient(optimizer, loss)
+    return loss.detach(), largest.detach()
 
 
 def pick_tasks(n: int, num_tasks: int, run, args) -> np.ndarray:
@@ -291,13 +290,13 @@ def pick_tasks(n: int, num_tasks: int, run, args) -> np.ndarray:
     return firsts[:-1] + (begin + run.iteration) % np.diff(firsts)
 
 
-def imitation_round(meta, optimizer, data, policy, run, args) -> dict[str, float]:
+def imitation_round(optimizer, data, policy, run, args) -> dict[str, float]:
     """(3)-(6) Collect, let the expert label more states, and imitate it; returns what to log."""
     n = args.meta_batch_size // run.num_ranks
     picked = pick_tasks(n, len(data.tasks), run, args)
     tasks = data.tasks[picked]
     ids = data.ids[picked]
-    theta, step_sizes = split(meta)
+    theta, step_sizes = policy.split()
 
     # (3) a batch of episodes
     params = {name: p.detach().expand(n, *p.shape) for name, p in theta.items()}
@@ -308,8 +307,7 @@ def imitation_round(meta, optimizer, data, policy, run, args) -> dict[str, float
     # (4) DAgger
     if args.dagger and data.act:
         with torch.no_grad():
-            adapt = partial(inner_step, step_sizes=step_sizes, policy=policy, args=args)
-            params, _ = vmap(adapt)(params, batch)
+            params, _ = graphed(inner_steps, args)(params, batch, step_sizes, policy, args)
         fewer = replace(args, episodes_per_task=args.expert_episodes)
         visited = collect(params, tasks, run.key("train", 3), policy, fewer)
         run.global_step += num_steps([visited])
@@ -318,19 +316,22 @@ def imitation_round(meta, optimizer, data, policy, run, args) -> dict[str, float
         metrics["charts/episodic_length"] = task_mean(visited["mask"].sum(-1))
     run.lap("collect")
 
-    # (5), (6) many steps on this one batch
-    generator = torch_generator(ids.device, args.seed, *run.key("update"))
+    # (5), (6) many steps on what inner_step reads of this one batch
+    names = ("obs", "actions", "mask", "advantages", "logprobs")
+    batch = {name: batch[name] for name in names}
+    generator = keyed_generator(args, *run.key("update"))
+    step = graphed(imitation_step, args)
     total = 0
     largest = torch.zeros(n, device=ids.device)
     for _ in range(args.gradient_steps):
-        demonstrated = data.sample(ids, args.batch_size, generator)
-        loss, weights = imitation_loss(theta, step_sizes, batch, demonstrated, policy, args)
-        apply_gradient(optimizer, loss)
-        total += loss.detach()
+        loss, weights = step(ids, batch, optimizer, data, policy, generator, args)
+        total += loss
         largest = torch.maximum(largest, weights)
-    optimizer.param_groups[0]["lr"] *= args.learning_rate_decay
+    optimizer.param_groups[0]["lr"].mul_(args.learning_rate_decay)
     metrics["losses/imitation"] = task_mean(total / args.gradient_steps)
-    metrics["losses/importance_weight"] = largest.amax().item()
+    of_ranks = torch.zeros(run.num_ranks, device=ids.device)
+    of_ranks[run.rank] = largest.amax()
+    metrics["losses/importance_weight"] = all_reduce(of_ranks).amax().item()
     metrics["losses/action_std"] = theta["log_std"].exp().mean().item()
     if not math.isfinite(metrics["losses/imitation"]):
         fail("the imitation loss is not finite: try a smaller --inner-lr or --learning-rate")
@@ -338,18 +339,18 @@ def imitation_round(meta, optimizer, data, policy, run, args) -> dict[str, float
     return metrics
 
 
-def evaluate(meta, tasks, policy, args) -> tuple[dict, dict]:
+@torch.no_grad()
+def evaluate(tasks, policy, args) -> tuple[dict, dict]:
     """(7) Meta-test on tasks (M, K): scores before and after each of num_eval_steps adaptations.
 
     Returns {"return": (num_eval_steps + 1, M), ...}, means over a task's episodes, and the first
     tasks' episodes. Draws depend on the seed alone: every call meets the same episodes. Only
     sampled episodes are adapted to; those of --deterministic-eval are extra.
     """
-    theta, step_sizes = split({name: p.detach() for name, p in meta.items()})
-    adapt = partial(inner_step, step_sizes=step_sizes, policy=policy, args=args)
+    theta, step_sizes = policy.split()
     scores = [[] for _ in range(args.num_eval_steps + 1)]
     episodes = {}
-    for first in range(0, len(tasks), args.meta_batch_size):
+    for first in progress(range(0, len(tasks), args.meta_batch_size), args):
         group = tasks[np.arange(first, first + args.meta_batch_size) % len(tasks)]  # wraps around
         params = {name: p.expand(len(group), *p.shape) for name, p in theta.items()}
         for k in range(args.num_eval_steps + 1):
@@ -360,7 +361,7 @@ def evaluate(meta, tasks, policy, args) -> tuple[dict, dict]:
             if first == 0:
                 episodes[f"obs_{k}"] = batch["obs"]
             if k < args.num_eval_steps:
-                params, _ = vmap(adapt)(params, batch)
+                params, _ = graphed(inner_steps, args)(params, batch, step_sizes, policy, args)
     return stack_scores(scores, len(tasks)), episodes
 
 
@@ -376,56 +377,48 @@ def main(args: Args) -> dict[str, float]:
     elif args.demos:
         train_tasks, rows, mask = load_demos(obs_size, action_size, train_tasks.shape[1:], args)
 
-    # meta-parameters: θ, and α for each of those that the inner step changes
+    # meta-parameters, θ and α
     policy = Policy(obs_size, action_size, args).to(device)
-    units = restore(dict(policy.named_buffers()), checkpoint.get("units"))
-    policy.load_state_dict(units, strict=False)
-    meta = {name: p.detach() for name, p in policy.named_parameters()}
-    adapted = {"all": list(meta), "bias": ["bias"], "none": []}[args.adapt]
-    meta |= {f"lr.{name}": torch.full_like(meta[name], args.inner_lr) for name in adapted}
-    meta = restore(meta, checkpoint.get("meta"))
+    policy.load_state_dict(restore(policy.state_dict(), checkpoint.get("policy")))
     if args.evaluate:
-        scores, episodes = evaluate(meta, test_tasks, policy, args)
+        scores, episodes = evaluate(test_tasks, policy, args)
         return report(scores, test_tasks, args, episodes)
 
     # the expert, and the D_i of this rank's tasks
-    meta = {name: p.requires_grad_() for name, p in meta.items()}
-    optimizer = torch.optim.Adam(meta.values(), lr=args.learning_rate, fused=True)
-    sac, data = make_expert(envs, train_tasks, device, args)
+    saved = checkpoint.get("optimizer")
+    optimizer = adam(policy.parameters(), args.learning_rate, args, saved)
+    sac, data = make_expert(envs, train_tasks, args, checkpoint.get("sac"))
     if args.demos and not checkpoint:
         data.fill(rows, mask)
         policy.measure(data.states())
 
     with Run(args, checkpoint) as run:
         if checkpoint:
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            data.replay.load(run.own(checkpoint)["data"])
-        if checkpoint and sac:
-            sac.load(checkpoint["sac"])
-            sac.replay.load(run.own(checkpoint)["sac"])
+            own = run.own(checkpoint)
+            data.replay.load(own["data"])
+            if sac:
+                sac.replay.load(own["sac"])
         while run.next_iteration():
             demonstrated = bool(data.replay.count.any())
             if not demonstrated:
                 metrics = expert_iteration(sac, data, policy, run, args)
             else:
-                metrics = imitation_round(meta, optimizer, data, policy, run, args)
+                metrics = imitation_round(optimizer, data, policy, run, args)
 
             # log, (7) meta-test, save
             if demonstrated and run.due(args.eval_every):
-                scores, episodes = evaluate(meta, test_tasks, policy, args)
+                scores, episodes = evaluate(test_tasks, policy, args)
                 metrics |= report(scores, test_tasks, args)
                 run.lap("eval")
             run.log(metrics)
             if run.saving():
-                own_state = {"data": data.replay.state()}
-                state = {"meta": {name: p.detach() for name, p in meta.items()}}
-                state["optimizer"] = optimizer.state_dict()
-                state["units"] = dict(policy.named_buffers())
+                own = {"data": data.replay.state()}
+                state = {"policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
                 state["tasks"] = torch.from_numpy(train_tasks)
                 if sac:
-                    own_state["sac"] = sac.replay.state()
-                    state["sac"] = sac.state()
-                run.save(own=own_state, **state)
+                    own["sac"] = sac.replay.state()
+                    state["sac"] = sac.state_dict()
+                run.save(own=own, **state)
     if run.complete:
         report(scores, test_tasks, args, episodes)
     return run.metrics
@@ -1740,30 +1733,6 @@ def apply_gradient(optimizer: torch.optim.Optimizer, loss: torch.Tensor):
     optimizer.step()
 
 
-def torch_generator(device: torch.device, seed: int, purpose: str, *key: int) -> torch.Generator:
-    """keyed_rng for torch."""
-    return torch.Generator(device).manual_seed(int(keyed_rng(seed, purpose, *key).integers(2**63)))
-
-
-def repeat(step, times: int, generator: torch.Generator, capture: bool) -> torch.Tensor:
-    """The mean of what `times` calls of step() return; with capture, a few calls, then replays of a
-    CUDA graph, whose draws are from generator.
-    """
-    eager = min(times, 3) if capture else times
-    stream = torch.cuda.Stream() if capture else None  # a capture needs calls on another one first
-    with torch.cuda.stream(stream):
-        total = sum(step() for _ in range(eager))
-    if eager < times:
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):
-            total += step()
-        for _ in range(times - eager):
-            graph.replay()
-    return total / times
-
-
 def to_rows(batch: dict, columns) -> tuple[torch.Tensor, torch.Tensor]:
     """Of episodes (N, E, T, ...), the columns as rows (N, E T, W); and the rows' mask (N, E T)."""
     parts = [batch[name] for name in columns]
@@ -1831,25 +1800,63 @@ class Replay:
 # <<< shared: sac
 
 # ==================================================================================================
-# The experts and what they demonstrate, which only this script has.
+# (1), (2) The experts and what they demonstrate, which only this script has.
 # ==================================================================================================
+
+
+def expert_iteration(sac, data, policy, run, args) -> dict[str, float]:
+    """(1) Train the SAC expert, if that is who is imitated; (2) in the end, or at once, let the
+    expert demonstrate. Returns what to log.
+    """
+    episodes = args.expert_episodes
+    metrics = {}
+
+    # (1) episodes in all tasks, and gradient steps
+    if sac:
+        batch = rollout(sac.act, data.told, data.tasks, episodes, run.key("train", 0), args)
+        run.global_step += num_steps([batch])
+        rows, mask = to_rows(batch, sac.columns)
+        sac.replay.add(data.ids, rows, mask)
+        metrics["expert/return"] = task_mean(episode_scores(batch)["return"])
+        run.lap("collect")
+        metrics |= sac.learn(data.told, run.key("update"), args)
+        run.lap("update")
+
+    # (2) demonstrations
+    if not sac or run.global_step >= args.expert_timesteps:
+        # a graph would be replayed but once, and cannot hold a user's expert, which is on the host
+        once = replace(args, cudagraphs=False)
+        batch = rollout(data.noisy_act, data.told, data.tasks, episodes, run.key("train", 1), once)
+        run.global_step += num_steps([batch])
+        data.add(data.ids, batch)
+        policy.measure(data.states())
+        metrics["expert/demonstration_return"] = task_mean(episode_scores(batch)["return"])
+        run.lap("collect")
+        if sac:
+            sac.replay.count.zero_()  # no longer needed, nor saved
+    return metrics
 
 
 class SacExpert:
     """(1) SAC that is given the true task, in units, for all training tasks at once.
 
-    tasks: (all of them, K); a rank keeps the transitions of its own M, as rows of columns.
+    tasks: (all of them, K); a rank keeps the transitions of its own M, as rows of columns. saved:
+    the state_dict of a checkpoint.
     """
 
-    def __init__(self, tasks: torch.Tensor, obs_size: int, action_size: int, args: Args):
+    def __init__(self, tasks, obs_size: int, action_size: int, args: Args, saved=None):
         self.mean = tasks.mean(0)
         scale = tasks.std(0, correction=0)
         self.scale = torch.where(scale > 0, scale, 1)
         networks = SoftActorCritic(obs_size, action_size, tasks[0].numel(), args.hidden_size)
         self.networks = networks.to(tasks.device)
-        adam = partial(torch.optim.Adam, lr=args.expert_learning_rate, fused=True)
-        self.optimizers = {"critics": adam(networks.critics.parameters())}
-        self.optimizers["actor"] = adam(networks.actor.parameters())
+        saved = saved or {"networks": None, "optimizers": {}}
+        networks.load_state_dict(restore(networks.state_dict(), saved["networks"]))
+        self.optimizers = {}
+        for name in ("critics", "actor"):
+            parameters = getattr(networks, name).parameters()
+            moments = saved["optimizers"].get(name)
+            self.optimizers[name] = adam(parameters, args.expert_learning_rate, args, moments)
         self.columns = {"obs": obs_size, "actions": action_size, "dense_rewards": 1}
         self.columns |= {"next_obs": obs_size, "terminated": 1}
         own = len(tasks) // ranks()[1]
@@ -1890,25 +1897,22 @@ class SacExpert:
         self.networks.follow(args.tau)
         return torch.stack([qf_loss, actor_loss, -logprob]).detach()
 
-    def learn(self, tasks, generator, args) -> dict[str, float]:
-        """Gradient steps; returns the means of what they say."""
-        step = partial(self.step, tasks, generator, args)
-        means = repeat(step, args.expert_gradient_steps, generator, capture=False)
-        means = (all_reduce(means) / ranks()[1]).tolist()
+    def learn(self, tasks, key, args) -> dict[str, float]:
+        """Gradient steps; returns the means of what they say. key: of the draws."""
+        generator = keyed_generator(args, *key)
+        step = graphed(SacExpert.step, args)
+        times = args.expert_gradient_steps
+        total = sum(step(self, tasks, generator, args) for _ in range(times))
+        means = (all_reduce(total / times) / ranks()[1]).tolist()
         if not all(map(math.isfinite, means)):
             fail("the expert's loss is not finite: try a smaller --expert-learning-rate or reward")
         names = ("expert/qf_loss", "expert/actor_loss", "expert/entropy")
         return dict(zip(names, means, strict=True))
 
-    def state(self) -> dict:
-        """What is the same on all ranks."""
+    def state_dict(self) -> dict:
+        """What changes, and is the same on all ranks; a graph asks for it too."""
         moments = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         return {"networks": self.networks.state_dict(), "optimizers": moments}
-
-    def load(self, state: dict):
-        self.networks.load_state_dict(state["networks"])
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
 
 
 def scripted_expert(envs):
@@ -1931,13 +1935,17 @@ def scripted_expert(envs):
     return act
 
 
-def make_expert(envs, train_tasks: np.ndarray, device, args: Args) -> tuple:
-    """The SAC expert, if that is who is imitated, and the D_i, empty; tasks (all of them, K)."""
+def make_expert(envs, train_tasks: np.ndarray, args: Args, saved: dict | None = None) -> tuple:
+    """The SAC expert, if that is who is imitated, and the D_i, empty; tasks (all of them, K).
+
+    saved: the SAC expert's state_dict of a checkpoint.
+    """
     sizes = (envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
-    told = torch.as_tensor(train_tasks, dtype=torch.get_default_dtype(), device=device)
+    dtype = torch.get_default_dtype()
+    told = torch.as_tensor(train_tasks, dtype=dtype, device=device_of(args))
     sac = act = None
     if args.expert == "sac":
-        sac = SacExpert(told, sizes[0], sizes[1], args)
+        sac = SacExpert(told, *sizes, args, saved)
         act = sac.mean_actions
     if args.expert == "scripted":
         act = scripted_expert(envs)
@@ -2060,6 +2068,8 @@ def check_flags(envs, args):
         few = f"less than the {episodes} states of a task that are added at once"
         fail(f"--dataset-size {args.dataset_size}: {few}")
 
+
+main = restoring(main)
 
 if __name__ == "__main__":
     main(parse(Args))

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=0.9",
+# dependencies = ["torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=1.0",
 #                 "tensorboard>=2.16", "tqdm>=4.66"]
 # ///
 """MMAML: Multimodal Model-Agnostic Meta-Learning via Task-Aware Modulation.

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=0.9",
+# dependencies = ["torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=1.0",
 #                 "tensorboard>=2.16", "tqdm>=4.66"]
 # ///
 """PEARL: Efficient Off-Policy Meta-Reinforcement Learning via Probabilistic Context Variables.
@@ -43,11 +43,11 @@ import threading
 import time
 import zipfile
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
-from typing import ClassVar, Literal, NoReturn
+from typing import ClassVar, Literal, NoReturn, get_args, get_type_hints
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends quietly, during these imports too
@@ -89,6 +89,7 @@ class Args:
     cudagraphs: bool = True  # with --cuda: replay what repeats as CUDA graphs (the same numbers, sooner)
     tf32: bool = True  # with --cuda: matrix products in TF32
     torch_deterministic: bool = True  # use deterministic kernels only
+    track: bool = False  # log to Weights & Biases too; WANDB_PROJECT and WANDB_ENTITY say where
     num_threads: int = 0  # CPU threads of torch and of the simulator (0: all cores)
     eval_every: int = 25  # iterations between meta-tests
     checkpoint_every: int = 10  # iterations between checkpoints
@@ -107,13 +108,13 @@ class Args:
     context_size: int | None = None  # transitions per task in a context of a gradient step (unset: 400, 40, 100)
     context_segment: int | None = None  # length of the runs of consecutive transitions in it (unset: 20, 20, 1)
     context_window: int | None = None  # latest steps that contexts are of, 0: of a collection (unset: 1600, 1000, 0)
-    context_next_obs: bool | None = None  # whether the context has the next observation (unset: on *RandParams)
+    context_next_obs: tyro.conf.DisallowNone[bool | None] = None  # contexts have next_obs too (unset: on *RandParams)
     replay_size: int = 0  # transitions kept per task (0: twice a task's mean share of total_timesteps)
     latent_size: int | None = None  # Z, dimensions of z (unset: 5, 8, 5)
     hidden_size: int | None = None  # units in each of three hidden layers of actor and critics (unset: 64, 64, 128)
     encoder_size: int | None = None  # units in each of three hidden layers of the encoder (unset: 32, 128, 128)
     learning_rate: float = 1e-3  # step size of Adam, for all networks
-    anneal: bool | None = None  # let learning_rate fall linearly, to 0 at total_timesteps (unset: False, True, False)
+    anneal: tyro.conf.DisallowNone[bool | None] = None  # learning_rate falls linearly to 0 (unset: False, True, False)
     tau: float = 0.005  # share of the critics in the targets, per gradient step
     reward_scale: float | None = None  # factor on the critics' reward (unset: 1.0, 1.0, 5.0)
     temperature: float | None = None  # weight of the entropy for critics and actor (unset: 0.01, 0.01, 1.0)
@@ -121,13 +122,13 @@ class Args:
     regularization: float | None = None  # weight of the actor's squared mean and log std (unset: 1e-5, 1e-3, 1e-3)
     exploration_episodes: int | None = None  # episodes of a meta-test before the belief is first used (unset: 15, 1, 2)
     eval_context: Literal["own", "none", "shuffled"] = "own"  # at meta-test; none: the prior, shuffled: another task's
-    compile: bool = False  # capture the gradient step as a CUDA graph (needs --cuda and one process)
 
     may_be_zero: ClassVar = {"seed", "task_seed", "horizon", "num_threads", "num_eval_steps", "posterior_steps",
                              "extra_steps", "warmup_iterations", "context_window", "replay_size",
                              "kl_weight", "regularization"}
     at_most_one: ClassVar = {"gamma", "tau"}
-    gone: ClassVar = {"--preset": "the paper's values are in benchmarks/pearl.txt"}
+    gone: ClassVar = {"--preset": "the paper's values are in benchmarks/pearl.txt",
+                      "--compile": "--cuda captures CUDA graphs by itself (--no-cudagraphs: off)"}
 # fmt: on
 
 
@@ -158,6 +159,10 @@ class Agent(nn.Module):
     def infer(self, rows, mask) -> tuple[torch.Tensor, torch.Tensor]:
         """(3) The belief given contexts: rows (N, C, W) and their mask (N, C)."""
         return belief(self.encoder(rows[..., : self.context_width]), mask)
+
+    def act(self, z, obs, noise) -> torch.Tensor:
+        """Of rollout: z (N, E, Z), obs (N, E, O), normal noise (N, E, A) -> actions (N, E, A)."""
+        return self.sac.act(obs, z, noise)[0]
 
 
 def belief(factors, mask) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,7 +217,9 @@ class Experience:
         return self.replay.gather(ids, first.unsqueeze(1) + offset), mask
 
     def draw_batch(self, generator, args) -> tuple:
-        """(2) What gradient_step takes, of this rank's share of N tasks."""
+        """(2) Of this rank's share of N tasks: transitions (N, B, ...) by name, contexts (N, C, W),
+        their mask (N, C), and normal noise for z (N, Z) and two actions (N, B, A).
+        """
         n = args.meta_batch_size // ranks()[1]
         random = {"generator": generator, "device": self.window.device}
         ids = torch.rand(len(self.window), **random).topk(n).indices
@@ -230,16 +237,12 @@ def collect(q, tasks, key, agent, args, test=False, deterministic=False) -> dict
     key: of the draws. Returns the batch of rollout with the rewards of training or of the test,
     and those of contexts, which are always the training's.
     """
-
-    def act(z, obs, noise):
-        return agent.sac.act(obs, z, noise)[0]
-
     episodes = args.eval_episodes if test else args.episodes_per_task
     mean, variance = (x.unsqueeze(1) for x in q)
-    rng = keyed_rng(args.seed, f"latents of {key[0]}", *key[1:])
-    noise = rng.normal(size=(len(tasks), episodes, agent.latent_size))
-    z = mean + variance.sqrt() * torch.as_tensor(noise, dtype=mean.dtype, device=mean.device)
-    batch = rollout(act, z, tasks, episodes, key, args, deterministic)
+    generator = keyed_generator(args, f"latents of {key[0]}", *key[1:])
+    shape = (len(tasks), episodes, agent.latent_size)
+    z = mean + variance.sqrt() * torch.randn(shape, generator=generator, device=mean.device)
+    batch = rollout(agent.act, z, tasks, episodes, key, args, deterministic)
     batch["context_rewards"] = batch[f"{args.train_reward}_rewards"]
     batch["rewards"] = batch[f"{args.test_reward if test else args.train_reward}_rewards"]
     return batch
@@ -263,7 +266,7 @@ def explore(phases, ids, experience, reach, key, agent, args) -> list[dict]:
             round_key = (*key, len(rounds))
             q = agent.prior(len(ids))
             if phase in ("posterior", "extra") and done:  # a phase starts with the prior (original)
-                generator = torch_generator(ids.device, args.seed, "contexts", *round_key[1:])
+                generator = keyed_generator(args, "contexts", *round_key[1:])
                 q = agent.infer(*experience.draw_context(ids, generator, args))
             batch = collect(q, tasks, round_key, agent, args)
             rows, mask = to_rows(batch, experience.columns)
@@ -281,12 +284,10 @@ def explore(phases, ids, experience, reach, key, agent, args) -> list[dict]:
 LOSSES = ["qf_loss", "qf_values", "kl", "posterior_std", "actor_loss", "entropy"]
 
 
-def gradient_step(agent, optimizers, batch, context, mask, noise, args) -> torch.Tensor:
-    """(3)-(6) One step of all networks; returns the values of LOSSES.
+def gradient_step(agent, optimizers, experience, generator, args) -> torch.Tensor:
+    """(2)-(6) One step of all networks, on what it draws; returns the values of LOSSES."""
+    batch, context, mask, noise = experience.draw_batch(generator, args)
 
-    batch: transitions (N, B, ...) by name; context (N, C, W), mask (N, C); noise: normal, for z
-    (N, Z) and two actions (N, B, A).
-    """
     # (3) one z per task
     mean, variance = agent.infer(context, mask)
     z = (mean + variance.sqrt() * noise[0]).unsqueeze(1).expand(-1, args.batch_size, -1)
@@ -310,18 +311,15 @@ def gradient_step(agent, optimizers, batch, context, mask, noise, args) -> torch
 
 def gradient_steps(agent, optimizers, experience, times, lr, key, args) -> dict[str, float]:
     """(2)-(6) `times` steps with step size lr; key: of the draws. Returns losses/*, their means."""
-    generator = torch_generator(experience.window.device, args.seed, *key)
+    generator = keyed_generator(args, *key)
     for optimizer in optimizers.values():
-        optimizer.param_groups[0]["lr"] = lr
-
-    def step():
-        batch, context, mask, noise = experience.draw_batch(generator, args)
-        return gradient_step(agent, optimizers, batch, context, mask, noise, args)
-
-    means = all_reduce(repeat(step, times, generator, args.compile)) / ranks()[1]
+        optimizer.param_groups[0]["lr"].fill_(lr)
+    step = graphed(gradient_step, args)
+    total = sum(step(agent, optimizers, experience, generator, args) for _ in range(times))
+    means = all_reduce(total / times) / ranks()[1]
     losses = dict(zip(LOSSES, means.tolist(), strict=True))
     bad = [f"{name} {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
-    if bad or not all(p.isfinite().all() for p in agent.parameters()):
+    if bad or not parameters_to_vector(agent.parameters()).isfinite().all():
         what = ", ".join(bad) or "networks are not finite"
         advice = f"try a smaller --learning-rate ({args.learning_rate}) or --reward-scale"
         fail(f"training diverged in iteration {key[1]}, {what}: {advice}")
@@ -338,7 +336,7 @@ def evaluate(tasks, agent, args) -> tuple[dict, dict]:
     scores = []
     contexts = []
     episodes = {}
-    for k in range(args.num_eval_steps + 1):
+    for k in progress(range(args.num_eval_steps + 1), args):
         q = agent.prior(len(tasks))
         if k * args.eval_episodes >= args.exploration_episodes and args.eval_context != "none":
             rows, masks = zip(*contexts, strict=True)
@@ -356,7 +354,7 @@ def evaluate(tasks, agent, args) -> tuple[dict, dict]:
 
 def main(args: Args) -> dict[str, float]:
     """Train, resume or only evaluate; returns the last value of every eval/* and charts/* tag."""
-    args, device, checkpoint = setup(by_kind(args))
+    args, device, checkpoint = setup(args, by_kind)
     envs, train_tasks, test_tasks = make_tasks(args)
     check(envs, args)
     obs_size = envs.single_observation_space.shape[0]
@@ -373,17 +371,17 @@ def main(args: Args) -> dict[str, float]:
     num_tasks = len(experience.tasks)
     num_picked = args.picked_tasks // num_ranks
     first = math.ceil(num_tasks / num_picked)  # iterations of the initial collection
-    adam = partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=args.cuda)
-    critics = [*agent.sac.critics.parameters(), *agent.encoder.parameters()]
-    optimizers = {"critics": adam(critics), "actor": adam(agent.sac.actor.parameters())}
+    parameters = {"critics": [*agent.sac.critics.parameters(), *agent.encoder.parameters()]}
+    parameters["actor"] = [*agent.sac.actor.parameters()]
+    optimizers = {}
+    for name, saved in checkpoint.get("optimizers", dict.fromkeys(parameters)).items():
+        optimizers[name] = adam(parameters[name], args.learning_rate, args, saved)
 
     with Run(args, checkpoint) as run:
         if checkpoint:
             own = run.own(checkpoint)
             experience.replay.load(own["replay"])
             experience.window.copy_(own["window"])
-            for name, optimizer in optimizers.items():
-                optimizer.load_state_dict(checkpoint["optimizers"][name])
         size = f"{args.replay_size} steps, {experience.replay.bytes / 1e9:.2f} GB"
         values = ", ".join(f"{name} {getattr(args, name)}" for name in BY_KIND)
         show(values, f"replay: {num_tasks} tasks x {size}")
@@ -1636,30 +1634,6 @@ def apply_gradient(optimizer: torch.optim.Optimizer, loss: torch.Tensor):
     optimizer.step()
 
 
-def torch_generator(device: torch.device, seed: int, purpose: str, *key: int) -> torch.Generator:
-    """keyed_rng for torch."""
-    return torch.Generator(device).manual_seed(int(keyed_rng(seed, purpose, *key).integers(2**63)))
-
-
-def repeat(step, times: int, generator: torch.Generator, capture: bool) -> torch.Tensor:
-    """The mean of what `times` calls of step() return; with capture, a few calls, then replays of a
-    CUDA graph, whose draws are from generator.
-    """
-    eager = min(times, 3) if capture else times
-    stream = torch.cuda.Stream() if capture else None  # a capture needs calls on another one first
-    with torch.cuda.stream(stream):
-        total = sum(step() for _ in range(eager))
-    if eager < times:
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):
-            total += step()
-        for _ in range(times - eager):
-            graph.replay()
-    return total / times
-
-
 def to_rows(batch: dict, columns) -> tuple[torch.Tensor, torch.Tensor]:
     """Of episodes (N, E, T, ...), the columns as rows (N, E T, W); and the rows' mask (N, E T)."""
     parts = [batch[name] for name in columns]
@@ -1782,8 +1756,6 @@ def check(envs, args):
     """End the program if flags do not go together. Sets replay_size."""
     if isinstance(envs.single_action_space, gym.spaces.Discrete):
         fail(f"{args.env_id} has Discrete actions; pearl.py needs Box")
-    if args.compile and (not args.cuda or ranks()[1] > 1):
-        fail("--compile captures a CUDA graph: it needs --cuda, and one process")
     for name in ("num_train_tasks", "picked_tasks"):
         if getattr(args, name) % ranks()[1]:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
@@ -1816,6 +1788,8 @@ def check(envs, args):
         needed = f"must be above the {before} steps of the initial collection"
         fail(f"--total-timesteps {args.total_timesteps}: {needed}")
 
+
+main = restoring(main)
 
 if __name__ == "__main__":
     main(parse(Args))

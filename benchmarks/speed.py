@@ -37,7 +37,6 @@ SCRIPTS = [  # script, flags, environment steps of an iteration at most
     ("maesn.py", "", 16_000),
     ("mmaml.py", "", 60_000),
     ("pearl.py", "--env-id PointRobot-v0 --initial-steps 20", 1_920),
-    ("pearl.py", "--env-id PointRobot-v0 --initial-steps 20 --compile", 1_920),  # on a GPU
     ("rl2.py", "", 10_000),
     ("rl2.py", "--env-id TabularMDP-v0", 50_000),
     ("rl2.py", "--env-id HalfCheetahVel-v0", 40_000),
@@ -164,9 +163,8 @@ def script_row(script: str, flags: list[str]):
         log(run, *args)
 
     module.Run.log = timed_log
-    if hasattr(module, "repeat"):  # replays cannot be counted
-        repeat = module.repeat
-        module.repeat = lambda *args: repeat(*args[:-1], args[-1] and len(totals) != 5)
+    graphed = module.graphed  # replays cannot be counted
+    module.graphed = lambda f, args: f if len(totals) == 5 else graphed(f, args)
     module.main(module.parse(module.Args, flags))
     (folder,) = Path("runs").iterdir()
     events = EventAccumulator(str(folder)).Reload()
@@ -203,8 +201,6 @@ def scripts_table(iterations: int, flags: list[str]):
     columns += ["matrix products, share of torch.mm", "peak memory, GB"]
     print(f"| {' | '.join(columns)} |\n|{'-|' * len(columns)}", flush=True)
     for script, own, steps in SCRIPTS:
-        if "--compile" in own and "--cuda" not in flags:
-            continue
         given = [
             *own.split(),
             "--total-timesteps",
@@ -224,7 +220,7 @@ def scripts_table(iterations: int, flags: list[str]):
 def pearl_table(rounds: int, num_threads: int, device: str):
     """A gradient step at half-cheetah-vel's paper preset, drawing included, against torch.mm of the same sizes.
 
-    On a GPU also replayed from a CUDA graph, as --compile does: once for 2,000 steps, an iteration of that preset.
+    On a GPU also replayed as a CUDA graph: 2,000 steps, an iteration of that preset.
     """
     import torch
 
@@ -245,8 +241,7 @@ def pearl_table(rounds: int, num_threads: int, device: str):
     agent = pearl.Agent(17, 6, args).to(device)
     networks = {"critics": [*agent.sac.critics.parameters(), *agent.encoder.parameters()]}
     networks["actor"] = [*agent.sac.actor.parameters()]
-    adam = partial(torch.optim.Adam, lr=3e-4, fused=True, capturable=device == "cuda")
-    optimizers = {name: adam(parameters) for name, parameters in networks.items()}
+    optimizers = {name: pearl.adam(p, 3e-4, args) for name, p in networks.items()}
     experience = pearl.Experience(np.zeros((args.num_train_tasks, 1)), agent, args)
     replay, rand = experience.replay, partial(torch.randn, device=device)
     ids = torch.arange(args.num_train_tasks, device=device)
@@ -254,11 +249,12 @@ def pearl_table(rounds: int, num_threads: int, device: str):
         ids, rand(len(ids), 2000, replay.rows.shape[1]), torch.ones(len(ids), 2000, device=device)
     )
     experience.window.copy_(torch.stack([0 * ids, 0 * ids + 400], 1))
-    generator = torch.Generator(device)
+    generator = pearl.keyed_generator(args, "update")
 
-    def step():
-        batch, context, mask, noise = experience.draw_batch(generator, args)
-        return pearl.gradient_step(agent, optimizers, batch, context, mask, noise, args)
+    def gradient_steps(graphed):
+        step = graphed(pearl.gradient_step, args)
+        for _ in range(steps):
+            step(agent, optimizers, experience, generator, args)
 
     def products(mlp, rows, times, weight, inputs):
         """(rows, in, out) of the products: forward, and gradients in the weights and in the inputs of the layers."""
@@ -294,9 +290,9 @@ def pearl_table(rounds: int, num_threads: int, device: str):
     where = (
         torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     )
-    calls = {f"pearl.py, {where}": partial(pearl.repeat, step, steps, generator, False)}
+    calls = {f"pearl.py, {where}": partial(gradient_steps, lambda function, args: function)}
     if device == "cuda":
-        calls["the same with --compile"] = partial(pearl.repeat, step, steps, generator, True)
+        calls["the same as a CUDA graph"] = partial(gradient_steps, pearl.graphed)
     calls["torch.mm of the same sizes"] = bound
     times = {name: [] for name in calls}
     for k in range(rounds + 1):

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -38,7 +37,7 @@ def main(argv=None):
     args.expert_noise = given.noise
     envs, tasks, _ = gmps.make_tasks(args)
     args.dataset_size = given.episodes * args.horizon
-    _, data = gmps.make_expert(envs, tasks, torch.device("cpu"), args)
+    _, data = gmps.make_expert(envs, tasks, args)
     key = ("demonstrations",)
     batch = gmps.rollout(data.noisy_act, data.told, tasks, given.episodes, key, args)
     data.add(data.ids, batch)

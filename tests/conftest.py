@@ -53,7 +53,7 @@ OWN = {
         "replay_size": 500,
         "hidden_size": 8,
         "encoder_size": 8,
-        "anneal": "False",  # a longer run would have other step sizes from the start
+        "anneal": False,  # a longer run would have other step sizes from the start
         "exploration_episodes": 1,
     },
     # 80 steps of the SAC expert and 80 of demonstrations, then rounds of 80 and DAgger's 80

@@ -15,6 +15,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import load
+from plain import (
+    central_differences,
+    double_precision,
+    log_density,
+    make_batch,
+    of_task,
+    unpack,
+)
+from test_runs import fork_ranks
 from torch.distributions import Normal
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
@@ -57,24 +66,7 @@ class Sign(gym.Env):
 gym.register("ExpertSign-v0", Sign, max_episode_steps=5)
 
 
-@pytest.fixture
-def double():
-    """Double precision and fixed draws."""
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def of_task(batch, i):
-    return {name: x[i] for name, x in batch.items()}
-
-
-def ragged_mask(n, e, t):
-    """Episodes of 1 to t steps, the first of every task the longest."""
-    lengths = 1 + torch.arange(n * e).view(n, e) % t
-    lengths[:, 0] = t
-    return (torch.arange(t) < lengths[..., None]).double()
+double = pytest.fixture(double_precision)
 
 
 def make_problem(adapted=None, clip=0.0, n=3, e=3, t=4, moved=0.3):
@@ -84,20 +76,13 @@ def make_problem(adapted=None, clip=0.0, n=3, e=3, t=4, moved=0.3):
     p = SimpleNamespace(n=n, clip=clip)
     p.args = module.Args(hidden_size=6, bias_size=3, init_std=0.8, importance_clip=clip)
     p.policy = module.Policy(2, 2, p.args)
-    old = {name: x + 0.3 * torch.randn_like(x) for name, x in p.policy.named_parameters()}
-    old = {name: x.detach() for name, x in old.items()}
+    theta, _ = p.policy.split()
+    old = {name: (x + 0.3 * torch.randn_like(x)).detach() for name, x in theta.items()}
     p.theta = {name: x + moved * torch.randn_like(x) for name, x in old.items()}
     p.step_sizes = {name: 0.5 + 0.2 * torch.rand_like(x) for name, x in p.theta.items()}
     if adapted is not None:
         p.step_sizes = {name: p.step_sizes[name] for name in adapted}
-    mask = ragged_mask(n, e, t)
-    obs = torch.randn(n, e, t, 2) * mask[..., None]
-    with torch.no_grad():
-        mean, log_std = functional_call(p.policy, old, (obs,)).chunk(2, -1)
-    actions = (mean + log_std.exp() * torch.randn_like(mean)) * mask[..., None]
-    p.batch = {"obs": obs, "actions": actions, "mask": mask}
-    p.batch["advantages"] = torch.randn(n, e, t) * mask
-    p.batch["logprobs"] = Normal(mean, log_std.exp()).log_prob(actions).sum(-1)
+    p.batch = make_batch(lambda i, obs: functional_call(p.policy, old, (obs,)), n, e, t)
     p.labels = torch.rand(n, 5, 2) * 2 - 1
     p.expert_obs = torch.randn(n, 5, 2)
     return p
@@ -116,8 +101,7 @@ def imitation_loss(p, **changes):
 
 
 def plain_log_density(policy, params, batch):
-    mean, log_std = functional_call(policy, params, (batch["obs"],)).chunk(2, -1)
-    return Normal(mean, log_std.exp()).log_prob(batch["actions"]).sum(-1)
+    return log_density(functional_call(policy, params, (batch["obs"],)), batch["actions"])
 
 
 def plain_weights(p, theta, i, clip):
@@ -160,16 +144,11 @@ def vectorised(p):
     like = p.theta | {f"lr.{name}": x for name, x in p.step_sizes.items()}
 
     def parts(vector):
-        pieces = vector.split([x.numel() for x in like.values()])
-        meta = {k: x.view_as(like[k]) for k, x in zip(like, pieces, strict=True)}
-        return module.split(meta)
+        meta = unpack(vector, like)
+        step_sizes = {name: meta[f"lr.{name}"] for name in p.step_sizes}
+        return {name: meta[name] for name in p.theta}, step_sizes
 
     return parameters_to_vector(like.values()).detach(), parts
-
-
-def central_differences(f, x, size=1e-6):
-    steps = size * torch.eye(len(x))
-    return torch.stack([(f(x + d) - f(x - d)).detach() / (2 * size) for d in steps])
 
 
 def flat(gradients, like):
@@ -179,6 +158,19 @@ def flat(gradients, like):
 
 
 # --------------------------------------------------------------------------------- the inner step
+
+
+@pytest.mark.parametrize("adapt", ["all", "bias", "none"])
+def test_meta_parameters(adapt):
+    """θ are the weights; α, of the shapes of those that the inner step changes, begin at inner_lr."""
+    policy = module.Policy(2, 1, module.Args(hidden_size=6, bias_size=3, adapt=adapt, inner_lr=0.7))
+    theta, step_sizes = policy.split()
+    weights = [f"net.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")]
+    assert [*theta] == ["bias", "log_std", *weights]
+    assert [*step_sizes] == {"all": [*theta], "bias": ["bias"], "none": []}[adapt]
+    assert all(torch.equal(x, torch.full_like(theta[name], 0.7)) for name, x in step_sizes.items())
+    learned = {id(p) for p in policy.parameters()}
+    assert learned == {id(p) for p in [*theta.values(), *step_sizes.values()]}
 
 
 @pytest.mark.parametrize("adapted", [None, ["bias"]])
@@ -339,6 +331,29 @@ def test_padding_is_without_influence(double):
     after, again = imitation_loss(p)
     torch.testing.assert_close(before, after)
     torch.testing.assert_close(weights, again)
+
+
+def test_a_step_is_one_of_adam_on_states_that_it_draws(double):
+    """Of the tasks that it is given, in their order."""
+    p = make_problem()
+    twin, ids = copy.deepcopy(p.policy), torch.tensor([4, 0, 2])
+    tasks = np.zeros((5, 2))
+    data = module.Demonstrations(tasks, torch.zeros(5, 2), None, (2, 2), p.args)
+    data.replay.add(torch.arange(5), torch.randn(5, 20, 4), torch.ones(5, 20))
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(p.policy.parameters(), lr=0.01)
+    given = (ids, p.batch, optimizer, data, p.policy, generator, p.args)
+    loss, weights = module.imitation_step(*given)
+
+    drawn = data.sample(ids, p.args.batch_size, generator.manual_seed(0))
+    theta, step_sizes = twin.split()
+    expected = module.imitation_loss(theta, step_sizes, p.batch, drawn, twin, p.args)
+    torch.testing.assert_close((loss, weights), expected)
+    assert not loss.requires_grad and not weights.requires_grad
+    gradient = torch.autograd.grad(expected[0], [*twin.parameters()])
+    for found, before, g in zip(p.policy.parameters(), twin.parameters(), gradient, strict=True):
+        moved = before - 0.01 * g / (g.abs() + 1e-8)  # Adam's first step
+        torch.testing.assert_close(found, moved)
 
 
 # ------------------------------------------------------------------------------------ the experts
@@ -553,7 +568,7 @@ def test_demonstrations_from_a_file(train, tmp_path):
     np.testing.assert_array_equal(state["own"]["data"]["rows"], rows[mask].astype(np.float32))
     assert "sac" not in state and "sac" not in state["own"]
     np.testing.assert_array_equal(state["tasks"], arrays["tasks"])
-    units = np.stack([state["units"]["obs_mean"], state["units"]["obs_std"]])
+    units = np.stack([state["policy"]["obs_mean"], state["policy"]["obs_std"]])
     obs = arrays["observations"]
     np.testing.assert_allclose(units, [obs.mean(0), obs.std(0)], rtol=1e-5)
     assert "charts/episodic_return" not in metrics and "charts/pre_adaptation_return" in metrics
@@ -718,11 +733,10 @@ def test_the_steps_of_the_sac_expert(train):
     assert state["own"]["data"]["count"].tolist() == [20 + 5 * 20] * 4
     optimizers = [state["optimizer"], *state["sac"]["optimizers"].values()]
     rates = [optimizer["param_groups"][0]["lr"] for optimizer in optimizers]
-    assert rates == [0.02 / 2**5, 0.003, 0.003]
+    assert rates == pytest.approx([0.02 / 2**5, 0.003, 0.003])
     assert [optimizer["state"][0]["step"] for optimizer in optimizers] == [5 * 2] + 2 * [3 * 2]
     tasks = state["tasks"].float()
-    agent = module.SacExpert(tasks, 2, 2, module.Args(**state["args"]))
-    agent.load(state["sac"])
+    agent = module.SacExpert(tasks, 2, 2, module.Args(**state["args"]), state["sac"])
     obs, labels = state["own"]["data"]["rows"].split(2, -1)
     with torch.no_grad():
         expected = agent.mean_actions(obs, tasks.repeat_interleave(20 + 5 * 20, 0))
@@ -762,8 +776,7 @@ def test_a_run_stopped_while_its_expert_learns_goes_on(train, stopped):
     train(module, resume=part)
     expected, state = load(whole), load(part)
     assert state["global_step"] == expected["global_step"]
-    for name in ("meta", "units"):
-        assert all(torch.equal(x, expected[name][key]) for key, x in state[name].items())
+    assert all(torch.equal(x, expected["policy"][key]) for key, x in state["policy"].items())
     networks = expected["sac"]["networks"]
     assert all(torch.equal(x, networks[key]) for key, x in state["sac"]["networks"].items())
 
@@ -799,7 +812,7 @@ def test_a_diverging_imitation_is_named_and_spares_the_checkpoint(train):
         train(module, exp_name="imitation", **flags)
     (path,) = Path("runs").glob("*__imitation__*")
     state = load(path)
-    assert state["iteration"] == 1 and all(x.isfinite().all() for x in state["meta"].values())
+    assert state["iteration"] == 1 and all(x.isfinite().all() for x in state["policy"].values())
 
 
 def test_an_experts_reward_that_is_too_large_is_named(train, monkeypatch):
@@ -850,7 +863,8 @@ def test_what_trains_is_the_dense_reward_of_the_expert_and_train_reward_of_the_r
 
     args = module.Args(**state["args"])
     policy = module.Policy(2, 2, args)
-    params = {name: p.detach().expand(3, *p.shape) for name, p in policy.named_parameters()}
+    theta, _ = policy.split()
+    params = {name: p.detach().expand(3, *p.shape) for name, p in theta.items()}
     tasks = state["tasks"].numpy()[:3]
     for test in (False, True):
         batch = module.collect(params, tasks, ("train", 2), policy, args, test=test)
@@ -882,7 +896,7 @@ def test_a_rank_has_the_demonstrations_of_its_own_tasks(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
-        sac, data = module.make_expert(envs, tasks, CPU, args)
+        sac, data = module.make_expert(envs, tasks, args)
         own = slice(3 * rank, 3 * rank + 3)
         assert np.array_equal(data.tasks, tasks[own]) and len(sac.replay.count) == 3
         assert torch.equal(data.told, torch.as_tensor(tasks[own]).float())
@@ -890,6 +904,35 @@ def test_a_rank_has_the_demonstrations_of_its_own_tasks(monkeypatch):
         data.fill(rows, mask)
         assert data.replay.count.tolist() == [1, 2, 3]
         np.testing.assert_array_equal(data.states()[:, 0], rows[own][mask[own]][:, 0])
+
+
+# ------------------------------------------------------------------------------------------- ranks
+
+
+def test_the_largest_importance_weight_is_that_of_all_ranks(train, monkeypatch):
+
+    def body(rank):
+        own, logged = [], []
+        step, log = module.imitation_step, module.Run.log
+
+        def recorded_step(*args):
+            loss, largest = step(*args)
+            own.append(largest.max().item())
+            return loss, largest
+
+        def recorded_log(run, metrics):
+            logged.append(metrics.get("losses/importance_weight"))
+            log(run, metrics)
+
+        monkeypatch.setattr(module, "imitation_step", recorded_step)
+        monkeypatch.setattr(module.Run, "log", recorded_log)
+        train(module, expert="scripted", total_timesteps=81, learning_rate=0.1)  # one round
+        torch.save([max(own), logged[-1]], f"weights_{rank}.pt")
+
+    codes, errors = fork_ranks(body)
+    assert codes == [0, 0], errors
+    (own, logged), (other, same) = (torch.load(f"weights_{rank}.pt") for rank in (0, 1))
+    assert own != other and logged == same == max(own, other)
 
 
 # ------------------------------------------------------------------------- what the learner knows

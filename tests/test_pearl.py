@@ -11,6 +11,7 @@ import shlex
 import socket
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -61,7 +62,7 @@ def train(train):
 
     def run(script, **flags):
         if not {"resume", "evaluate"} & flags.keys():
-            flags.setdefault("anneal", "False")
+            flags.setdefault("anneal", False)
         return train(script, **flags)
 
     return run
@@ -85,6 +86,12 @@ def draws(agent, seed=1, n=N):
     mask = (torch.arange(C) < torch.arange(n).unsqueeze(1) + 2).float()
     noise = [torch.randn(n, Z), torch.randn(n, B, 2), torch.randn(n, B, 2)]
     return batch, torch.randn(n, C, sum(agent.columns.values())), mask, noise
+
+
+def step(agent, optimizers, drawn, args):
+    """gradient_step on these draws."""
+    given = SimpleNamespace(draw_batch=lambda generator, args: drawn)
+    return module.gradient_step(agent, optimizers, given, None, args)
 
 
 def in_double(batch, context, mask, noise):
@@ -160,7 +167,7 @@ def test_the_weight_of_the_kl(agent):
         context, mask = context.repeat(times, 1, 1), mask.repeat(times, 1)
         twin = copy.deepcopy(agent)
         args = settings(meta_batch_size=times * N, kl_weight=kl_weight)
-        module.gradient_step(twin, optimizers(twin), batch, context, mask, noise, args)
+        step(twin, optimizers(twin), (batch, context, mask, noise), args)
         return [p.grad for p in twin.encoder.parameters()]
 
     _, context, mask, _ = in_double(*draws(agent))
@@ -211,11 +218,10 @@ def test_what_each_loss_reaches(agent):
 
 def test_the_encoder_does_not_learn_from_the_actors_loss(agent):
     """A step changes it as the critics' loss and the KL do, whatever the actor's loss is."""
-    batch, context, mask, noise = draws(agent)
     states = []
     for regularization in (1e-3, 10.0):
         twin, args = copy.deepcopy(agent), settings(regularization=regularization)
-        module.gradient_step(twin, optimizers(twin), batch, context, mask, noise, args)
+        step(twin, optimizers(twin), draws(agent), args)
         states.append(twin.state_dict())
     for name, x in states[0].items():
         assert torch.equal(x, states[1][name]) == (".actor." not in name), name
@@ -243,7 +249,7 @@ def test_a_whole_step_in_plain_terms(agent):
     batch, context, mask, noise = draws(agent)
     twin = copy.deepcopy(agent)
     args = settings()
-    found = module.gradient_step(agent, optimizers(agent), batch, context, mask, noise, args)
+    found = step(agent, optimizers(agent), (batch, context, mask, noise), args)
     networks = {"encoder": twin.encoder, "critics": twin.sac.critics, "actor": twin.sac.actor}
     adam = {name: torch.optim.Adam(net.parameters(), lr=3e-4) for name, net in networks.items()}
     mean, variance = module.belief(twin.encoder(context[..., :5]), mask)
@@ -316,9 +322,8 @@ def test_the_twin_critics_differ(agent):
 
     assert gap() > 1e-3
     adam, before = optimizers(agent, 1e-3), copy.deepcopy(sac.targets)
-    for step in range(100):
-        batch, context, mask, noise = draws(agent, step)
-        module.gradient_step(agent, adam, batch, context, mask, noise, settings())
+    for seed in range(100):
+        step(agent, adam, draws(agent, seed), settings())
     assert gap() > 1e-3
     one, two = sac.values(sac.critics, *(torch.ones(3, size) for size in (2, Z, 2)))
     assert not torch.equal(one, two)
@@ -752,8 +757,9 @@ def test_every_episode_has_a_z_of_its_own(lively):
     mean, variance = torch.randn(2, Z), torch.rand(2, Z)
     play = partial(module.collect, tasks=sample_tasks(2), key=("train", 1), agent=lively, args=args)
     batch = play((mean, variance), deterministic=True)
-    noise = module.keyed_rng(args.seed, "latents of train", 1).normal(size=(2, 3, Z))
-    z = mean.unsqueeze(1) + variance.sqrt().unsqueeze(1) * torch.as_tensor(noise).float()
+    generator = module.keyed_generator(args, "latents of train", 1)
+    noise = torch.randn(2, 3, Z, generator=generator)
+    z = mean.unsqueeze(1) + variance.sqrt().unsqueeze(1) * noise
     expected, *_ = lively.sac.act(batch["obs"][:, :, 0], z, torch.zeros(2, 3, 2))
     torch.testing.assert_close(batch["actions"][:, :, 0], expected)
 
@@ -814,7 +820,7 @@ def test_the_commands_of_the_page_are_recipes():
     """Those with flags of training, apart from what does not change its result."""
     page = (ROOT / "docs" / "pearl.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"python pearl\.py (.*--gradient-steps.*)", page)
-    free = {"cuda": False, "compile": False, "num_threads": 0, "eval_every": 25}
+    free = {"cuda": False, "num_threads": 0, "eval_every": 25}
     free["checkpoint_every"] = 10
     known = [replace(args, **free) for args in recipes().values()]
     assert len(commands) == 3
@@ -867,7 +873,7 @@ def test_recipes_go_together():
         ),
         ({"exploration_episodes": 3}, "--exploration-episodes 3: more than the 1 x 2 episodes"),
         ({"replay_size": 10**12}, f"--replay-size {10**12}: 4 tasks need"),
-        ({"compile": True}, "--compile"),
+        ({"compile": True}, "--compile is gone: --cuda captures CUDA graphs by itself"),
     ],
 )
 def test_bad_input(train, tmp_path, flags, part):
@@ -898,10 +904,10 @@ def test_one_task_picked_at_a_time(train):
 def test_training_that_diverges_leaves_the_last_checkpoint(train, monkeypatch, what):
     """Too large a step size; a loss that overflows; or the last step, after which no loss tells."""
     folder, _ = train(module)
-    saved, step = load(folder), module.gradient_step
+    saved, healthy = load(folder), module.gradient_step
 
     def poisoned(agent, *rest):
-        losses = step(agent, *rest)
+        losses = healthy(agent, *rest)
         if what == "networks":
             agent.sac.actor.biases[-1].data.fill_(math.inf)
         return losses * (math.inf if what == "qf_loss inf" else 1)
@@ -961,14 +967,14 @@ def test_two_ranks_average_their_gradients(agent, tmp_path):
     agent = agent.double()
     batch, context, mask, noise = in_double(*draws(agent))
     one = copy.deepcopy(agent)
-    module.gradient_step(one, optimizers(one), batch, context, mask, noise, settings())
+    step(one, optimizers(one), (batch, context, mask, noise), settings())
 
     def body(rank):
         torch.distributed.init_process_group("gloo")
         own = slice(rank * N // 2, (rank + 1) * N // 2)
         half = {name: x[own] for name, x in batch.items()}
         rest = context[own], mask[own], [x[own] for x in noise]
-        module.gradient_step(agent, optimizers(agent), half, *rest, settings())
+        step(agent, optimizers(agent), (half, *rest), settings())
         torch.save(agent.state_dict(), tmp_path / f"{rank}.pt")
 
     assert in_two_ranks(body) == [0, 0]
@@ -1024,7 +1030,7 @@ def test_a_step_on_a_gpu_is_that_of_the_cpu():
         agent = agent.to(device)
         batch = {name: x.to(device) for name, x in batch.items()}
         rest = context.to(device), mask.to(device), [x.to(device) for x in noise]
-        losses = module.gradient_step(agent, optimizers(agent), batch, *rest, settings())
+        losses = step(agent, optimizers(agent), (batch, *rest), settings())
         results.append({"losses": losses, **agent.state_dict()})
     for name, x in results[0].items():
         torch.testing.assert_close(results[1][name].cpu(), x, rtol=1e-4, atol=1e-5, msg=name)
@@ -1033,7 +1039,7 @@ def test_a_step_on_a_gpu_is_that_of_the_cpu():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_captured_step_equals_an_eager_one(train):
     flags = {"cuda": True, "gradient_steps": 8}
-    states = [load(train(module, compile=x, **flags)[0])["agent"] for x in (False, True)]
+    states = [load(train(module, cudagraphs=x, **flags)[0])["agent"] for x in (False, True)]
     for name, x in states[0].items():
         torch.testing.assert_close(states[1][name], x, msg=name)
 
@@ -1070,7 +1076,7 @@ def test_learns_to_infer_the_task(train):
     flags |= {"batch_size": 32, "context_size": 8, "context_segment": 1, "context_window": 0}
     flags |= {"hidden_size": 32, "encoder_size": 32, "latent_size": 5, "tau": 0.05, "gamma": 0.5}
     flags |= {"learning_rate": 3e-3, "reward_scale": 20.0, "kl_weight": 0.1}
-    flags |= {"num_test_tasks": 10, "exploration_episodes": 1, "total_timesteps": 6 * 80}
+    flags |= {"num_test_tasks": 10, "exploration_episodes": 1, "total_timesteps": 10 * 80}
     folder, metrics = train(module, env_id="Sign-v0", **flags)
     assert metrics["eval/return_after_1_episodes"] > 3 > 2 > metrics["eval/return_after_0_episodes"]
     _, shuffled = train(module, evaluate=folder, eval_context="shuffled")

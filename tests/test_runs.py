@@ -142,7 +142,7 @@ RESUMED_OWN = {
             "prior_steps": 20,
             "posterior_steps": 0,
             "extra_steps": 20,
-            "context_next_obs": "True",
+            "context_next_obs": True,
         },
     ],
     "maesn": [{"adapt_policy": True, "num_inner_steps": 2, "latent_dim": 3}],
