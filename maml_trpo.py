@@ -161,7 +161,7 @@ class Policy(nn.Module):
 
 def policies(policy, params, obs) -> torch.Tensor:
     """What N policies do, at once: params (N, ...) by name, obs (N, ..., O) -> (N, ..., D)."""
-    return vmap(lambda params, obs: functional_call(policy, params, (obs,)))(params, obs)
+    return vmap(lambda params, obs: functional_call(policy, params, (obs,), tie_weights=False))(params, obs)
 
 
 @torch.no_grad()
