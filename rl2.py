@@ -1453,7 +1453,7 @@ def report(scores: dict, tasks: np.ndarray, args, episodes: dict | None = None) 
             count = k * args.eval_episodes
             metrics[f"eval/{name}_after_{count}_episodes"] = float(mean)
             table.append(f"  after {count:4d} episodes {shown[k]}")
-        if name in ("return", "success"):
+        if name.removeprefix("sampled_") in ("return", "success"):
             metrics[f"eval/{name}"] = float(means[-1])
     if episodes is not None:
         show(*table)

@@ -86,8 +86,9 @@ def test_python_in_the_readme_runs(train, tmp_path):
     exec(next(block for block in blocks if "runs/NAME/checkpoint.pt" in block), {})
 
 
-def test_python_of_the_tasks_page_runs(script, train, tmp_path):
+def test_python_of_the_tasks_page_runs(script, train, tmp_path, monkeypatch):
     """The three doors, each saved as the page says."""
+    monkeypatch.syspath_prepend(tmp_path)
     text = read(ROOT / "docs" / "tasks.md")
     pages = [("my_tasks", "Reach-v0"), ("my_lanes", "Reaches-v0")]
     for module, env_id in [*pages, ("my_tensors", "DriftingReaches-v0")]:
