@@ -512,6 +512,8 @@ class UserEnvs(gym.vector.VectorEnv):
     [-1, 1] become actions; info["sparse_reward"] and info["success"] are passed on. docs/tasks.md.
     """
 
+    on_device = False
+
     def __init__(self, env_id: str, num_envs: int):
         self.env_id = env_id
         self.num_envs = num_envs
@@ -659,6 +661,7 @@ def make_envs(env_id: str, num_envs: int = 1) -> gym.vector.VectorEnv:
         if gym.spec(name).vector_entry_point:
             envs = gym.make_vec(name, num_envs, vectorization_mode="vector_entry_point")
             if hasattr(envs, "sample_tasks"):
+                envs.on_device = getattr(envs, "on_device", False)
                 return envs
         return UserEnvs(env_id, num_envs)
     except ModuleNotFoundError as error:
@@ -697,7 +700,8 @@ def make_tasks(args) -> tuple[gym.vector.VectorEnv, np.ndarray, np.ndarray]:
         nothing = torch.as_tensor(np.zeros((1, *space.shape), space.dtype))
         info = step_lanes(envs, nothing.to(generator.device))[4]
         if sparse and "sparse_reward" not in info:
-            fail(f"{args.env_id} reports no sparse reward")
+            dense = "give --train-reward dense --test-reward dense"
+            fail(f"{args.env_id} reports no sparse reward: {dense}")
     return envs, train, test
 
 
@@ -730,7 +734,7 @@ def reset_lanes(envs, tasks: np.ndarray, generator: torch.Generator) -> torch.Te
     """Put lane i in task i of tasks (B, K), by draws from generator; obs (B, O), on its device."""
     device = generator.device
     dtype = torch.get_default_dtype()
-    if getattr(envs, "on_device", False):
+    if envs.on_device:
         told = torch.as_tensor(tasks, dtype=dtype, device=device)
         return envs.reset(options={"task": told, "generator": generator})[0]
     seed = torch.randint(2**31, (1,), generator=generator, device=device).item()
@@ -745,7 +749,7 @@ def step_lanes(envs, actions: torch.Tensor) -> tuple:
     that is not finite is 0 to it: require_finite is yet to find the cause.
     """
     names = ("sparse_reward", "success")
-    if getattr(envs, "on_device", False):
+    if envs.on_device:
         obs, rewards, terminated, truncated, info = envs.step(actions)
         return obs, rewards, terminated, truncated, {x: info[x] for x in names if x in info}
     chosen = np.nan_to_num(actions.cpu().numpy(), posinf=0, neginf=0)
@@ -818,7 +822,7 @@ def play(act, params, lanes, noise, envs, args) -> tuple[tuple, dict]:
     """
     obs, alive, state = lanes
     vars(envs).update(state)
-    can_be_captured = obs.is_cuda and getattr(envs, "on_device", False)
+    can_be_captured = obs.is_cuda and envs.on_device
     steps = []
     for t in range(noise.shape[2]):
         actions = act(params, obs.unflatten(0, noise.shape[:2]), noise[:, :, t]).flatten(0, 1)
@@ -857,7 +861,7 @@ def rollout(act, params, tasks, episodes, key, args, deterministic=False) -> dic
     obs = reset_lanes(envs, lanes, generator)
     require_finite({"next_obs": obs.unsqueeze(1)}, lanes, -1, args)
     alive = torch.ones(len(lanes), dtype=torch.bool, device=obs.device)
-    if getattr(envs, "on_device", False):
+    if envs.on_device:
         some_steps = graphed(play, args)
     else:
         some_steps = play

@@ -552,7 +552,7 @@ def test_tasks_of_a_wrapper(script, train):
     assert len(np.unique(tasks)) == 3
     assert np.array_equal(tasks, make("Wind-v0", 3)[1])
     assert np.array_equal(envs.reset(seed=0, options={"task": tasks})[0], tasks)
-    train(script, env_id="Wind-v0", horizon=0, total_timesteps=LEAST[script.__name__])
+    train(script, env_id="Wind-v0", horizon=0, total_timesteps=2 * 160)
 
 
 def test_environments_are_closed(monkeypatch):
