@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -215,6 +216,7 @@ def test_signals(script, train, tmp_path, number):
     if pid == 0:
         code = 1
         sys.stdout = open("output", "w")
+        os.dup2(os.open("errors", os.O_WRONLY | os.O_CREAT), 2)
         try:
             train(script, total_timesteps=LONG, checkpoint_every=3, exp_name="stopped")
             code = 0
@@ -231,6 +233,7 @@ def test_signals(script, train, tmp_path, number):
     stopped = state(folder)
     if number == signal.SIGTERM:
         assert code == 0
+        assert "stopping after this iteration; again to abort" in Path("errors").read_text()
         assert f"stopped; --resume {folder.relative_to(tmp_path)} goes on from here" in output
         last = max(max(values) for values in scalars(folder).values())
         assert stopped["global_step"] == last  # nothing that was done is lost
@@ -532,3 +535,32 @@ def test_tasks_that_a_score_leaves_out(script, capsys):
     assert "return on 5 held-out tasks, mean and 95% interval" in table
     assert script.report({"return": score}, tasks, args) != metrics
     assert capsys.readouterr().out == ""
+
+
+# ----------------------------------------------------------------------------------------- Weights & Biases
+
+
+def test_track(script, train, monkeypatch):
+    """One run there for a folder, begun before the writer, with all flags; gone on with by --resume."""
+    calls = []
+    fake = SimpleNamespace(
+        init=lambda **settings: calls.append(settings), finish=lambda: calls.append("finish")
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    folder, _ = train(script, track=True)
+    assert calls[1:] == ["finish"]
+    first = calls[0]
+    assert first["id"] == first["name"] == folder.name
+    assert first["resume"] == "allow" and first["sync_tensorboard"]
+    saved = load(folder)["args"]
+    assert {name: x for name, x in first["config"].items() if saved[name] != x} == {}
+    assert first["group"] == f"PointRobot-v0__{saved['exp_name']}"
+    train(script, resume=folder, total_timesteps=4 * 160)
+    assert calls[2]["id"] == folder.name and calls[3:] == ["finish"]
+
+
+def test_track_without_the_package(script, train, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit, match=r"^error: --track needs pip install wandb$"):
+        train(script, track=True)
+    assert not (tmp_path / "runs").exists()
