@@ -5,7 +5,8 @@ a full-size gradient step of PEARL against the matrix products in it.
     python benchmarks/speed.py scripts [--iterations 10] [further flags of the scripts, as --cuda]
     python benchmarks/speed.py pearl [--rounds 5] [--threads 0] [--cuda]
 
-Prints Markdown tables; docs/performance.md holds their output. Everything that is compared is measured in turns within
+With --cuda the environments in the plane, bandits and MDPs are part of acting. Prints Markdown tables;
+docs/performance.md holds their output. Everything that is compared is measured in turns within
 one run, and the median is shown.
 """
 
@@ -40,6 +41,16 @@ SCRIPTS = [  # script, flags, environment steps of an iteration at most
     ("rl2.py", "", 10_000),
     ("rl2.py", "--env-id TabularMDP-v0", 50_000),
     ("rl2.py", "--env-id HalfCheetahVel-v0", 40_000),
+]
+LARGE = [  # with --cuda, these too
+    ("maml_trpo.py", "--meta-batch-size 40", 160_000),
+    ("maesn.py", "--meta-batch-size 200 --num-train-tasks 200", 160_000),
+    (
+        "rl2.py",
+        "--env-id Bandit10Arms100-v0 --meta-batch-size 4096 --hidden-size 256 --update-epochs 2"
+        " --num-minibatches 16",
+        409_600,
+    ),
 ]
 V5 = {
     "HalfCheetahVel-v0": "HalfCheetah-v5",
@@ -200,7 +211,7 @@ def scripts_table(iterations: int, flags: list[str]):
     columns = ["script", "act, s", "simulate, s", "update, s", "iteration, s", "steps/s"]
     columns += ["matrix products, share of torch.mm", "peak memory, GB"]
     print(f"| {' | '.join(columns)} |\n|{'-|' * len(columns)}", flush=True)
-    for script, own, steps in SCRIPTS:
+    for script, own, steps in SCRIPTS + LARGE * ("--cuda" in flags):
         given = [
             *own.split(),
             "--total-timesteps",
@@ -235,6 +246,7 @@ def pearl_table(rounds: int, num_threads: int, device: str):
     args = pearl.by_kind(
         pearl.parse(pearl.Args, [*flags, *(["--cuda"] if device == "cuda" else [])])
     )
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32
     args.horizon, args.replay_size = 200, 2000
     n, b, c = args.meta_batch_size, args.batch_size, args.context_size
     steps = args.gradient_steps if device == "cuda" else 5
