@@ -814,7 +814,7 @@ def require_finite(rows: dict, tasks: np.ndarray, first: int, args):
 
 
 @torch.no_grad()
-def play(act, params, lanes, noise, envs, args) -> tuple[tuple, dict]:
+def play_steps(act, params, lanes, noise, envs, args) -> tuple[tuple, dict]:
     """Steps of all lanes, one for each of noise (N, E, T, A), or until none lives.
 
     lanes: obs (B, O), alive (B,), and the tensors in which a family on the device keeps its state.
@@ -862,9 +862,9 @@ def rollout(act, params, tasks, episodes, key, args, deterministic=False) -> dic
     require_finite({"next_obs": obs.unsqueeze(1)}, lanes, -1, args)
     alive = torch.ones(len(lanes), dtype=torch.bool, device=obs.device)
     if envs.on_device:
-        some_steps = graphed(play, args)
+        some_steps = graphed(play_steps, args)
     else:
-        some_steps = play
+        some_steps = play_steps
         act = graphed(act, args)
     blocks = []
     for first in range(0, args.horizon, 100):
@@ -972,7 +972,7 @@ def capture(function, inputs) -> tuple:
 
 FORMAT = 3  # of checkpoints; commit e70b381 reads 2, and 2d14005 those without a number
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "cudagraphs", "tf32", "num_threads"}
-MAY_CHANGE |= {"eval_every", "checkpoint_every"}
+MAY_CHANGE |= {"eval_every", "checkpoint_every", "track"}
 
 
 def fail(message: str) -> NoReturn:

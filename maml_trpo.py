@@ -174,7 +174,6 @@ def collect(params, tasks, key, policy, args, test=False, deterministic=False) -
     the rewards of training or of the test, advantages, and what the policies do: dist_params
     (N, E, T, D) and the actions' logprobs (N, E, T).
     """
-
     episodes = args.eval_episodes if test else args.episodes_per_task
     batch = rollout(policy.act, params, tasks, episodes, key, args, deterministic)
     batch["rewards"] = batch[f"{args.test_reward if test else args.train_reward}_rewards"]
@@ -740,7 +739,7 @@ def require_finite(rows: dict, tasks: np.ndarray, first: int, args):
 
 
 @torch.no_grad()
-def play(act, params, lanes, noise, envs, args) -> tuple[tuple, dict]:
+def play_steps(act, params, lanes, noise, envs, args) -> tuple[tuple, dict]:
     """Steps of all lanes, one for each of noise (N, E, T, A), or until none lives.
 
     lanes: obs (B, O), alive (B,), and the tensors in which a family on the device keeps its state.
@@ -788,9 +787,9 @@ def rollout(act, params, tasks, episodes, key, args, deterministic=False) -> dic
     require_finite({"next_obs": obs.unsqueeze(1)}, lanes, -1, args)
     alive = torch.ones(len(lanes), dtype=torch.bool, device=obs.device)
     if envs.on_device:
-        some_steps = graphed(play, args)
+        some_steps = graphed(play_steps, args)
     else:
-        some_steps = play
+        some_steps = play_steps
         act = graphed(act, args)
     blocks = []
     for first in range(0, args.horizon, 100):
@@ -898,7 +897,7 @@ def capture(function, inputs) -> tuple:
 
 FORMAT = 3  # of checkpoints; commit e70b381 reads 2, and 2d14005 those without a number
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "cudagraphs", "tf32", "num_threads"}
-MAY_CHANGE |= {"eval_every", "checkpoint_every"}
+MAY_CHANGE |= {"eval_every", "checkpoint_every", "track"}
 
 
 def fail(message: str) -> NoReturn:

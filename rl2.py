@@ -233,8 +233,8 @@ class Agent(nn.Module):
 def play_episode(agent, lanes, noise, ends, envs, reward, args) -> tuple[tuple, dict]:
     """Steps of an episode in all lanes, one for each of noise (N, T, A), or until none lives.
 
-    lanes: the network's state (1, N, H), feedback (N, F), obs (N, O), alive (N,), and the tensors in
-    which a family on the device keeps its state; ends (T,): 1 where the agent is told that the
+    lanes: the network's state (1, N, H), feedback (N, F), obs (N, O), alive (N,), and the tensors
+    in which a family on the device keeps its state; ends (T,): 1 where the agent is told that the
     episode is over; reward: rewards or sparse_reward. Returns lanes after the steps, and the steps.
     """
     state, feedback, obs, alive, tasks_state = lanes
@@ -940,7 +940,7 @@ def capture(function, inputs) -> tuple:
 
 FORMAT = 3  # of checkpoints; commit e70b381 reads 2, and 2d14005 those without a number
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "cudagraphs", "tf32", "num_threads"}
-MAY_CHANGE |= {"eval_every", "checkpoint_every"}
+MAY_CHANGE |= {"eval_every", "checkpoint_every", "track"}
 
 
 def fail(message: str) -> NoReturn:

@@ -37,14 +37,16 @@ COLUMNS = 100  # of a line, but for those of Args
 ARGS_COLUMNS = 120
 PARAMETERS = 7  # of a function, self not counted
 MAIN_LINES = 110
-OWN_LINES = dict.fromkeys(ALL, 430)  # above the ruler
-OWN_LINES["maml_trpo.py"] = 345  # 330, and --inner-loss lvc-std
-OWN_LINES["maesn.py"] = 435  # nine steps, and the policy's weights may adapt too
-# Bytes, which density cannot cheat. The aim was 46 to 57 kB. What has come on top: damaged,
+OWN_LINES = dict.fromkeys(ALL, 435)  # above the ruler; five are flags of the house
+OWN_LINES["maml_trpo.py"] = 350  # 330, and --inner-loss lvc-std, what graphs call
+OWN_LINES["maesn.py"] = 440  # nine steps, and the policy's weights may adapt too
+OWN_LINES["mmaml.py"] = 455  # an encoder, and a function of the whole update, which is a graph
+OWN_LINES["rl2.py"] = 480  # an episode's steps are a function of their own, which is a graph
+# Bytes, which density cannot cheat. The aim was 52 to 63 kB. What has come on top: damaged,
 # crafted and foreign checkpoints, torchrun's variables, full disks and closed pipes, ranks that
-# keep replays, what users' environments return, Student's intervals: 13 kB in each file.
-KILOBYTES = {"maml_trpo.py": 64, "rl2.py": 66, "maesn.py": 69, "mmaml.py": 66, "pearl.py": 76}
-KILOBYTES["gmps.py"] = 87
+# keep replays, what users' environments return and take, calls from code, Student's intervals.
+KILOBYTES = {"maml_trpo.py": 80, "rl2.py": 83, "maesn.py": 85, "mmaml.py": 82, "pearl.py": 90}
+KILOBYTES["gmps.py"] = 102
 
 
 def read(root=ROOT):
@@ -202,7 +204,8 @@ def sync(source_path, paths):
 def test_a_script_by_itself(file):
     source = read()[file]
     assert not fence_faults(source)
-    assert not foreign_imports(source), "the standard library and the packages of requirements.txt"
+    odd = foreign_imports(source) - {"wandb"}  # only where --track asks for it
+    assert not odd, "the standard library and the packages of requirements.txt"
     assert "\r" not in source
 
 
