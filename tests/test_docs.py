@@ -74,8 +74,9 @@ def test_python_in_the_readme_compiles():
         compile(source, "README.md", "exec")
 
 
-def test_python_in_the_readme_runs(train, tmp_path):
+def test_python_in_the_readme_runs(train, tmp_path, monkeypatch):
     """The task to save as a module, and the use of a checkpoint."""
+    monkeypatch.syspath_prepend(tmp_path)
     blocks = code(read(README), "python")
     (tmp_path / "my_tasks.py").write_text(
         next(block for block in blocks if "def set_task" in block)
