@@ -777,7 +777,9 @@ def step_lanes(envs, actions: torch.Tensor) -> tuple:
     if envs.on_device:
         obs, rewards, terminated, truncated, info = envs.step(actions)
         return obs, rewards, terminated, truncated, {x: info[x] for x in names if x in info}
-    chosen = np.nan_to_num(actions.cpu().numpy(), posinf=0, neginf=0)
+    chosen = actions.cpu().numpy()
+    if not np.isfinite(chosen).all():
+        chosen = np.nan_to_num(chosen, posinf=0, neginf=0)
     obs, rewards, terminated, truncated, info = envs.step(chosen)
     names = [name for name in names if name in info]
     columns = [obs, rewards, terminated, truncated, *(info[name] for name in names)]
@@ -804,9 +806,9 @@ def stack_steps(steps: list[dict], length: int = 0) -> dict:
     """Steps, (B, ...) by name, as (B, T, ...), T at least length; 0 where mask is, or none is."""
     rows = {}
     for name, like in {name: x for step in steps for name, x in step.items()}.items():
-        column = [step.get(name, torch.zeros_like(like)) for step in steps]
-        column += [torch.zeros_like(like)] * (length - len(steps))
-        rows[name] = torch.stack(column, 1)
+        nothing = torch.zeros_like(like)
+        column = [step.get(name, nothing) for step in steps]
+        rows[name] = torch.stack(column + [nothing] * (length - len(steps)), 1)
         if like.dtype == torch.bool:
             rows[name] = rows[name].to(torch.get_default_dtype())
     over = rows["mask"] == 0
