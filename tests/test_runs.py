@@ -564,3 +564,15 @@ def test_track_without_the_package(script, train, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match=r"^error: --track needs pip install wandb$"):
         train(script, track=True)
     assert not (tmp_path / "runs").exists()
+
+
+def test_evaluate_on_other_tasks(script, train, capsys):
+    """Other held-out tasks, and another family with the same spaces; one of other spaces gets a line."""
+    folder, metrics = train(script)
+    own = {tag: x for tag, x in metrics.items() if tag.startswith("eval/")}
+    _, others = train(script, evaluate=folder, task_seed=7)
+    assert others.keys() == own.keys() and others != own
+    _, sparse = train(script, evaluate=folder, env_id="SparsePointRobot-v0", task_seed=7)
+    assert sparse.keys() > own.keys() and "eval/success" in sparse
+    with pytest.raises(SystemExit, match=r"^error: the checkpoint is of other networks"):
+        train(script, evaluate=folder, env_id="MultimodalNavigation2-v0")
