@@ -41,7 +41,9 @@ OWN_LINES = dict.fromkeys(ALL, 435)  # above the ruler; five are flags of the ho
 OWN_LINES["maml_trpo.py"] = 350  # 330, and --inner-loss lvc-std, what graphs call
 OWN_LINES["maesn.py"] = 440  # nine steps, and the policy's weights may adapt too
 OWN_LINES["mmaml.py"] = 455  # an encoder, and a function of the whole update, which is a graph
-OWN_LINES["rl2.py"] = 490  # trials carry a state: their steps, a graph, are its own; units are measured
+OWN_LINES["rl2.py"] = (
+    490  # trials carry a state: their steps, a graph, are its own; units are measured
+)
 # Bytes, which density cannot cheat. The aim was 52 to 63 kB. What has come on top: damaged,
 # crafted and foreign checkpoints, torchrun's variables, full disks and closed pipes, ranks that
 # keep replays, what users' environments return and take, calls from code, Student's intervals.
