@@ -5,7 +5,7 @@
     python benchmarks/plot.py steps TAG VALUE CSV [CSV ...]        environment steps until TAG first reaches VALUE
     python benchmarks/plot.py curves PNG TAG CSV [CSV ...]         TAG against environment steps, a line per label
     python benchmarks/plot.py families PNG CSV [CSV ...]           the last return, a panel per FAMILY_LABEL_SEED.csv
-    python benchmarks/plot.py figure PNG CSV [CSV ...]             all returns of one label: training, adaptation curve
+    python benchmarks/plot.py figure PNG CSV [CSV ...] [BOUND=VALUE ...]    returns of one label: training, adaptation
 
 Of the evaluation.npz that --evaluate writes to a run's folder:
 
@@ -105,6 +105,16 @@ def save(fig, png: str):
     fig.savefig(png, dpi=150)
 
 
+def over_seeds(runs: list[dict[str, np.ndarray]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A column of several runs at the steps that all of them reach: steps (S,), values (S, seeds)."""
+    runs = [{column: x[~np.isnan(run[name])] for column, x in run.items()} for run in runs]
+    first = max(run["global_step"][0] for run in runs)
+    last = min(run["global_step"][-1] for run in runs)
+    steps = np.unique(np.concatenate([run["global_step"] for run in runs]))
+    steps = steps[(first <= steps) & (steps <= last)]
+    return steps, np.stack([np.interp(steps, run["global_step"], run[name]) for run in runs], -1)
+
+
 def draw(
     axes,
     labels: dict[str, list[dict[str, np.ndarray]]],
@@ -117,13 +127,7 @@ def draw(
     """
     for label, runs in labels.items():
         name = tag or max((x for x in runs[0] if x.startswith("eval/return_after_")), key=episodes)
-        runs = [{column: x[~np.isnan(run[name])] for column, x in run.items()} for run in runs]
-        first, last = (
-            pick(run["global_step"][i] for run in runs) for pick, i in ((max, 0), (min, -1))
-        )
-        steps = np.unique(np.concatenate([run["global_step"] for run in runs]))
-        steps = steps[(first <= steps) & (steps <= last)]
-        values = np.stack([np.interp(steps, run["global_step"], run[name]) for run in runs], -1)
+        steps, values = over_seeds(runs, name)
         about = f"{len(runs)}" if tag else f"{(n := episodes(name))} episode" + "s" * (n != 1)
         color = f"C{everyone.index(label)}"
         axes.plot(steps, iqm(values), color=color, label=f"{label} ({about})")
@@ -180,34 +184,48 @@ def families(png: str, paths: list[str]):
     save(fig, png)
 
 
-def figure(png: str, paths: list[str]):
-    """Left: return after n episodes during training, a line per n. Right: the adaptation curve at the end, per run."""
+def figure(png: str, paths: list[str], bounds: list[str] = ()):
+    """Left: return after the first few n episodes and after all, during training. Right: after every n, at the end.
+
+    bounds: NAME=VALUE, drawn as dashed lines. Over seeds: left the interquartile mean and its interval, right each.
+    """
     import matplotlib.pyplot as plt
 
     runs = [read(path) for path in paths]
-    tags = {episodes(tag): tag for tag in runs[0] if tag.startswith("eval/return")}
-    fig, (left, right) = plt.subplots(
-        1, 2, figsize=(9, 3.4), width_ratios=[1.7, 1], layout="constrained"
+    tags = {episodes(tag): tag for tag in runs[0] if tag.startswith("eval/return_after_")}
+    every = sorted(tags)
+    widths = [1.7, 1] if len(every) > 1 else [1]  # one n is no curve
+    size = (3 + 2.2 * sum(widths), 3.4)
+    fig, row = plt.subplots(
+        1,
+        len(widths),
+        figsize=size,
+        width_ratios=widths,
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
     )
-    for i, (n, tag) in enumerate(sorted(tags.items())):
-        for j, run in enumerate(runs):
-            label = f"after {n} episodes" if j == 0 else None
-            left.plot(
-                run["global_step"] / 1e6,
-                run[tag],
-                color=f"C{i}",
-                alpha=0.9 if j == 0 else 0.5,
-                label=label,
-            )
-    for run in runs:
-        right.plot(
-            sorted(tags), [run[tags[n]][-1] for n in sorted(tags)], "o-", color="0.3", alpha=0.8
-        )
+    left, *right = row[0]
+    for i, n in enumerate(sorted({*every[:3], every[-1]})):
+        steps, values = over_seeds(runs, tags[n])
+        about = f"after {n} episodes" if right else "the script"
+        left.plot(steps / 1e6, iqm(values), "o-", markersize=3, color=f"C{i}", label=about)
+        left.fill_between(steps / 1e6, *interval(values), color=f"C{i}", alpha=0.2, linewidth=0)
     left.set(xlabel="million environment steps of meta-training", ylabel="return on held-out tasks")
-    right.set(
-        xlabel="episodes of the new task", xticks=sorted(tags), title="at the end, a line per seed"
-    )
-    left.legend(frameon=False)
+    left.set_xlim(left=0)
+    for axes in right:
+        for run in runs:
+            last = [over_seeds([run], tags[n])[1][-1, 0] for n in every]
+            axes.plot(every, last, "o-", markersize=4, color="0.3", alpha=0.8)
+        axes.set(xlabel="episodes of the new task", title="at the end, a line per seed")
+        if len(every) < 7:
+            axes.set_xticks(every)
+    for axes in row[0]:
+        for i, bound in enumerate(bounds):
+            name, value = bound.split("=")
+            dashes = (0, (6 - 2 * i, 2))
+            axes.axhline(float(value), color="0.5", linestyle=dashes, linewidth=1, label=name)
+    fig.legend(*left.get_legend_handles_labels(), frameon=False, loc="outside right upper")
     save(fig, png)
 
 
@@ -282,7 +300,7 @@ if __name__ == "__main__":
             curves(png, tag, paths)
         case ["families", png, *paths] if paths:
             families(png, paths)
-        case ["figure", png, *paths] if paths:
-            figure(png, paths)
+        case ["figure", png, *names] if names:
+            figure(png, [n for n in names if "=" not in n], [n for n in names if "=" in n])
         case _:
             sys.exit(__doc__)

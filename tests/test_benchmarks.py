@@ -94,6 +94,8 @@ def test_statistics(tmp_path, capsys):
     assert "| x | 2 | 30 | 6.00 [5.00, 7.00] |  |" in capsys.readouterr().out
     plot.steps_to("eval/a", 6, paths)
     assert "| x | never, 30 | 5.00, 7.00 |" in capsys.readouterr().out
+    steps, values = plot.over_seeds([plot.read(path) for path in paths], "eval/b")
+    assert list(steps) == [10, 30] and values.tolist() == [[2, 2], [4, 4]]
 
 
 def test_figures(tmp_path):
@@ -103,9 +105,12 @@ def test_figures(tmp_path):
         (tmp_path / f"Some-v0_x_{seed}.csv").write_text(rows)
     paths = sorted(map(str, tmp_path.glob("*.csv")))
     plot.curves(str(tmp_path / "a.png"), "eval/return_after_0_episodes", paths)
-    plot.figure(str(tmp_path / "b.png"), paths)
+    plot.figure(str(tmp_path / "b.png"), paths, ["the best=3", "the worst=-1"])
     plot.families(str(tmp_path / "c.png"), paths)
-    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in "abc")
+    rows = "global_step,eval/return_after_0_episodes,eval/return_after_10_episodes,eval/return\n"
+    (tmp_path / "y_1.csv").write_text(rows + "10,1,2,2\n30,2,4,4\n")
+    plot.figure(str(tmp_path / "d.png"), [str(tmp_path / "y_1.csv")])
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in "abcd")
 
 
 def test_scores_per_task(train, monkeypatch, capsys):

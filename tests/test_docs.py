@@ -1,19 +1,26 @@
 """The documentation against the scripts: tags, commands, code, links, and a docstring under every flag."""
 
 import ast
+import importlib
 import re
 import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import ROOT, to_argv
+from conftest import ROOT, SCRIPTS, to_argv
+from plot import interval, iqm
+from plot import read as read_csv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import maml_trpo
 
 README = ROOT / "README.md"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+FORM = ["The idea", "Pseudo-code", "Equations", "Quick facts", "Usage", "Logged metrics"]
+FORM += ["Implementation details", "Deviations from the paper", "Results", "Questions", "Citation"]
+IN_FORM = ["maml_trpo", "rl2", "maesn"]  # the other pages are still to come into it
 
 
 def read(path):
@@ -100,14 +107,152 @@ def test_python_of_the_tasks_page_runs(script, train, tmp_path, monkeypatch):
         sys.modules.pop(module)
 
 
-@pytest.mark.parametrize("page", PAGES or [README], ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
-    text = read(page)
+def prose(text):
+    """A page without its fenced blocks."""
     for block in code(text):
         text = text.replace(block, "")
+    return text
+
+
+def section(text, heading):
+    """What is under a heading, up to the next one of its level or above."""
+    level = heading.split()[0]
+    found = re.search(
+        rf"^{re.escape(heading)}\n(.*?)(?=^#{{1,{len(level)}}} |\Z)", text, re.M | re.S
+    )
+    assert found, f"no {heading}"
+    return found[1]
+
+
+def anchors(text):
+    """Of the headings, as GitHub makes them: no markup and punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ +(.*?) *$", prose(text), re.MULTILINE)
+    headings = [re.sub(r"\[([^\]]*)\]\([^)]*\)|[`*]", r"\1", heading) for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links_of(text):
+    """Targets of inline links, of images, and of definitions [name]: target."""
     links = re.findall(r"\]\(<?([^)\s>]+)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
-    paths = [link.split("#")[0] for link in links if not re.match(r"\w+:|#", link)]
-    assert not [path for path in paths if not (page.parent / path).exists()]
+    return links + re.findall(r"^\[[^\]]+\]: +(\S+)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES or [README], ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = prose(read(page))
+    for link in links_of(text):
+        if re.match(r"\w+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(read(target)), link
+
+
+@pytest.mark.parametrize("page", PAGES or [README], ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_to_code_are_permanent_and_defined(page):
+    """What leads to a file of another repository names a commit; a [text][name] is defined, a definition is used."""
+    text = prose(read(page))
+    elsewhere = [link for link in links_of(text) if re.search(r"github\.com/.*/blob/", link)]
+    assert not [link for link in elsewhere if not re.search(r"/blob/[0-9a-f]{40}/", link)]
+    defined = re.findall(r"^\[([^\]]+)\]: ", text, re.MULTILINE)
+    used = re.findall(r"\]\[([^\]]+)\]", text)
+    assert sorted(set(used)) == sorted(defined)
+
+
+@pytest.mark.parametrize("name", IN_FORM)
+def test_pages_have_one_form(name):
+    text = read(ROOT / "docs" / f"{name}.md")
+    assert re.findall(r"^## (.*)", prose(text), re.MULTILINE) == FORM
+    results = re.findall(r"^### (.*)", section(text, "## Results"), re.MULTILINE)
+    assert results[0] == "The default run" and "What the paper claims" in results
+    assert f"(figures/{name}_default.png)" in section(text, "### The default run")
+    assert f"(notes/{name}.md" in text and "(glossary.md)" in text
+    lines = prose(text).splitlines()
+    assert not [x for x in lines if len(x) > 120 and not re.match(r"\||\[[^\]]+\]: |\$\$", x)]
+
+
+def exists(script, name):
+    for part in name.split("."):
+        if not hasattr(script, part):
+            return False
+        script = getattr(script, part)
+    return True
+
+
+@pytest.mark.parametrize("name", IN_FORM)
+def test_functions_of_the_equations_exist(name):
+    script = importlib.import_module(name)
+    text = read(ROOT / "docs" / f"{name}.md")
+    rows = [row for row in section(text, "## Equations").splitlines() if row.startswith("| ")]
+    named = [re.findall(r"`([\w.]+)`", row.rsplit(" | ", 1)[1]) for row in rows[1:]]
+    assert len(named) > 5 and all(named), "each equation has its function"
+    (steps,) = code(section(text, "## Pseudo-code"), "text")
+    beside = re.findall(r"\s{2,}([\w.]+(?:, [\w.]+)*)$", steps, re.MULTILINE)
+    assert len(beside) > 5
+    named += [names.split(", ") for names in beside]
+    assert not [name for names in named for name in names if not exists(script, name)]
+
+
+# ------------------------------------------------------------------------------------ numbers of the default runs
+
+
+def default_runs(name):
+    """Columns of benchmarks/results/defaults, a list over seeds."""
+    paths = sorted((ROOT / "benchmarks" / "results" / "defaults").glob(f"{name}_*.csv"))
+    return [read_csv(path) for path in paths]
+
+
+def agrees(said, runs, tag):
+    """Whether the text "1.2", or "1.2 [0.9, 1.4]" with its interval, is what the runs end with, as far as it says."""
+    ends = np.array([run[tag][-1] for run in runs])
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", said.split("±")[0])
+    expected = [iqm(ends), *interval(ends)][: len(numbers)]
+    digits = [len(number.partition(".")[2]) for number in numbers]
+    return all(
+        abs(float(number) - value) <= 0.5 * 10.0**-places + 1e-6
+        for number, value, places in zip(numbers, expected, digits, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_numbers_of_the_readme_are_those_of_the_default_runs(name):
+    """Such as [1.2 → 4.6 after 50 episodes → 9.8 after 500, five seeds], or 9.5 in episode 20, that is after 19.
+
+    Where the number of seeds is not said it is one, the first.
+    """
+    runs = default_runs(name)
+    (row,) = (x for x in read(README).splitlines() if x.startswith(f"| [`{name}.py`]({name}.py)"))
+    (said,) = re.findall(r"\[([^\]]*)\]\([^)]*\) \|$", row)
+    seeds = re.search("(two|three|four|five) seeds", said)
+    number = "one two three four five".split().index(seeds[1]) + 1 if seeds else 1
+    assert len(runs) == number or number == 1
+    runs = runs[:number]
+    for part in said.split("→"):
+        value = re.match(r" *(-?[\d.]+)", part)[1]
+        after = re.search(r"after (\d+)", part)
+        within = re.search(r"in episode (\d+)", part)
+        n = int(after[1]) if after else int(within[1]) - 1 if within else 0
+        assert agrees(value, runs, f"eval/return_after_{n}_episodes"), (part, n)
+
+
+@pytest.mark.parametrize("name", IN_FORM)
+def test_numbers_of_a_page_are_those_of_its_default_runs(name):
+    """The table under The default run: rows of returns, hits and goals found, columns of episodes before."""
+    text = section(read(ROOT / "docs" / f"{name}.md"), "### The default run")
+    rows = [row.strip("|").split("|") for row in re.findall(r"^\|.*\|$", text, re.MULTILINE)]
+    header, _, *rows = ([cell.strip() for cell in row] for row in rows)
+    tags = {"return": "return", "share of episodes": "success", "share of goals": "found"}
+    checked = 0
+    for first, *cells in rows:
+        runs = default_runs(name)[: 1 if "seed 1" in header[1] + first else None]
+        tag = next((tags[start] for start in tags if first.startswith(start)), None)
+        for n, cell in zip(header[1:], cells, strict=True):
+            if tag and cell and (n.isdigit() or n.startswith("RL²")):
+                n = int(n) if n.isdigit() else 0
+                assert agrees(cell, runs, f"eval/{tag}_after_{n}_episodes"), (first, n)
+                checked += 1
+    assert checked
 
 
 def test_every_flag_has_its_help_beside_it(script):
@@ -180,3 +325,18 @@ def test_tags_are_found():
         and not mentions(text, "losses/k")
         and not mentions(text, "eval/return")
     )
+
+
+def test_anchors_and_links_are_found():
+    text = "# One `two`, [three](x.md)!\n[a](b.md#c) [d][e]\n\n[e]: https://f\n```\n# none\n[g](h)\n```\n"
+    assert anchors(text) == {"one-two-three"}
+    assert links_of(prose(text)) == ["x.md", "b.md#c", "https://f"]
+    assert section("## A\n1\n### B\n2\n## C\n3\n", "## A") == "1\n### B\n2\n"
+
+
+def test_numbers_agree_as_far_as_they_say():
+    runs = [{"a": np.array([0, x])} for x in (1.0, 1.26, 1.26, 1.26, 9.0)]
+    assert agrees("1.3 ± 7", runs, "a") and agrees("1", runs, "a") and not agrees("1.2", runs, "a")
+    low, high = interval(np.array([1.0, 1.26, 1.26, 1.26, 9.0]))
+    assert agrees(f"1.26 [{low:.2f}, {high:.2f}]", runs, "a")
+    assert not agrees(f"1.26 [{low + 0.1:.2f}, {high:.2f}]", runs, "a")
