@@ -5,11 +5,17 @@ import importlib
 import re
 import shlex
 import sys
+import threading
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import ROOT, SCRIPTS, to_argv
+import torch
+from conftest import ROOT, SCRIPTS, load, to_argv
+from gymnasium.utils.env_checker import check_env
 from plot import interval, iqm
 from plot import read as read_csv
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import maml_trpo
 
 README = ROOT / "README.md"
+USE = ROOT / "docs" / "use.md"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 FORM = ["The idea", "Pseudo-code", "Equations", "Quick facts", "Usage", "Logged metrics"]
 FORM += ["Implementation details", "Deviations from the paper", "Results", "Questions", "Citation"]
@@ -81,17 +88,210 @@ def test_python_in_the_readme_compiles():
         compile(source, "README.md", "exec")
 
 
-def test_python_in_the_readme_runs(train, tmp_path, monkeypatch):
-    """The task to save as a module, and the use of a checkpoint."""
+def test_the_task_of_the_readme(train, tmp_path, monkeypatch):
+    """Saved as a module; gymnasium's checker finds no fault with it; docs/tasks.md has the same."""
     monkeypatch.syspath_prepend(tmp_path)
-    blocks = code(read(README), "python")
-    (tmp_path / "my_tasks.py").write_text(
-        next(block for block in blocks if "def set_task" in block)
-    )
+    (source,) = (block for block in code(read(README), "python") if "def set_task" in block)
+    assert source in code(read(ROOT / "docs" / "tasks.md"), "python")
+    (tmp_path / "my_tasks.py").write_text(source)
     train(maml_trpo, env_id="my_tasks:Reach-v0", horizon=0)
-    folder, _ = train(maml_trpo, env_id="Navigation2D-v0", hidden_size=64)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        check_env(gym.make("my_tasks:Reach-v0").unwrapped)
+    unbounded = r"Box observation space m\w+ value is -?infinity"
+    assert not [w for w in found if not re.search(unbounded, str(w.message))]
+    sys.modules.pop("my_tasks")
+
+
+@pytest.mark.parametrize("env_id", ["SparsePointRobot-v0", "MultimodalNavigation2-v0"])
+def test_arrays_of_an_evaluation(script, train, env_id, capsys):
+    """Those that docs/evaluation.md has, in these shapes, and its four lines."""
+    text = read(ROOT / "docs" / "evaluation.md")
+    folder, _ = train(script, env_id=env_id)
+    train(script, evaluate=folder, num_test_tasks=6, deterministic_eval=True, num_eval_steps=2)
     folder.rename("runs/NAME")
-    exec(next(block for block in blocks if "runs/NAME/checkpoint.pt" in block), {})
+    shapes = {}
+    for names, shape in re.findall(r"^\| (`.*?) \| (\(.*?\)) \|", text, re.MULTILINE):
+        owner = re.search(r"(\w+)\.py", names)
+        if not owner or owner[1] == script.__name__:
+            shapes |= dict.fromkeys(re.findall(r"`(.*?)`", names), shape)
+    assert shapes["obs_K"] == "(N, E, T, O)"
+    sizes = {"M": 6, "K + 1": 3, "Z": 8, "N": {"pearl": 6, "rl2": 8}.get(script.__name__, 4)}
+    with np.load("runs/NAME/evaluation.npz") as file:
+        arrays = dict(file)
+    for name, x in arrays.items():
+        name = re.sub(r"^(obs_)\d$", r"\1K", re.sub(r"^(return_mode_)\d$", r"\1{m}", name))
+        known = [sizes.get(size.strip(",. ")) for size in shapes[name][1:-1].split(", ")]
+        for size, expected in zip(x.shape, known, strict=False):  # "..." is open
+            assert expected in (None, size), name
+
+    capsys.readouterr()
+    (source,) = (x for x in code(text, "python") if "evaluation.npz" in x)
+    exec(source, {})
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 6
+    for row, task, returns in zip(rows, arrays["tasks"], arrays["return"].T, strict=True):
+        assert row == f"{task.round(2)} {returns.round(1)}"
+
+
+# --------------------------------------------------------------------------------------------- docs/use.md
+
+DISCRETE = ["maml_trpo", "rl2", "maesn"]  # the scripts that take such actions
+
+
+@pytest.fixture
+def use(script, train, monkeypatch):
+    """use(env_id): load, adapted and so on of the script's block, and its example; and a run of that family."""
+
+    def of(env_id):
+        (source,) = (x for x in code(read(USE), "python") if f"import {script.__name__} as m" in x)
+        functions, example = source.split("\n\n\nact")
+        flags = {"horizon": 0 if "Bandit" in env_id else 8, "num_eval_steps": 3}
+        folder, _ = train(script, env_id=env_id, **flags)
+        if script.__name__ == "pearl":  # an untrained actor hardly heeds z
+            state = load(folder)
+            for name, x in state["agent"].items():
+                x *= 5 if name.startswith("sac.actor") else 1
+            torch.save(state, folder / "checkpoint.pt")
+        folder.rename("runs/NAME")
+        exec(functions, names := {})
+        return SimpleNamespace(**names), f"act{example}", names
+
+    yield of
+    torch.use_deterministic_algorithms(False)
+
+
+def last_collected(script, monkeypatch):
+    """What collect was given last in a meta-test on one task, of mean actions, and its episodes; and the task."""
+    calls = []
+    collect = script.collect
+
+    def record(*args, **settings):
+        episodes = collect(*args, **settings)
+        if settings.get("deterministic"):
+            calls.append((args, episodes))
+        return episodes
+
+    more = {"num_minibatches": 1} if script.__name__ == "rl2" else {}
+    flags = {"num_test_tasks": 1, "meta_batch_size": 1, "deterministic_eval": True, **more}
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "collect", record)
+        script.main(script.Args(evaluate="runs/NAME", **flags))
+    given, played = calls[-1]
+    batch = played[0] if script.__name__ == "rl2" else played
+    with np.load("runs/NAME/evaluation.npz") as file:
+        return given, {name: x.numpy() for name, x in batch.items()}, file["tasks"][0]
+
+
+def env_of(script, own):
+    """The script's default family, or one of a user, of Discrete actions if it takes them; episodes end early."""
+    if not own:
+        return script.Args.env_id
+    return f"user_tasks:{'Discrete' if script.__name__ in DISCRETE else 'Uneven'}-v0"
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_an_agent_in_your_own_code(script, use, own, monkeypatch, capsys):
+    """The blocks of docs/use.md act as the script does in a meta-test."""
+    page, example, names = use(env_of(script, own))
+    given, batch, task = last_collected(script, monkeypatch)
+    if script.__name__ == "rl2":
+        act, tell = page.adapted("runs/NAME", deterministic_eval=True)
+        over = batch["inputs"][0, :, batch["obs"].shape[-1] + given[0].action_size + 1]
+        ends = [*over[1:], 1]
+        for t, end in enumerate(ends):
+            np.testing.assert_allclose(act(batch["obs"][0, t]), batch["actions"][0, t], rtol=1e-4)
+            tell(batch["rewards"][0, t], end)
+        assert sum(ends) > 1
+    else:
+        act = page.adapted("runs/NAME", task, deterministic_eval=True)
+        for e, t in np.argwhere(batch["mask"][0]):
+            obs, expected = batch["obs"][0, e, t], batch["actions"][0, e, t]
+            if script.__name__ in ("pearl", "maesn"):
+                expected = with_the_first_z(script, given, obs)
+            np.testing.assert_allclose(act(obs), expected, rtol=1e-5, atol=1e-7)
+    if script.__name__ in ("pearl", "maesn"):
+        first, again, other = (act(obs, first=new) for new in (False, False, True))
+        assert (first == again).all() and (own or (first != other).any())
+    if not own:  # the example is of the default family
+        capsys.readouterr()
+        exec(example, names)
+        assert capsys.readouterr().out.count("\n") == 1
+        sample = names["act"](np.zeros(batch["obs"].shape[-1]))
+        assert sample.shape == batch["actions"].shape[batch["mask"].ndim :]
+
+
+def with_the_first_z(script, given, obs):
+    """The mean action of the agent that collect was given, with the z that a page draws first."""
+    agent = given[3]
+    generator = torch.Generator().manual_seed(1)
+    space = script.make_envs(given[4].env_id).single_action_space
+    if script.__name__ == "pearl":
+        mean, variance = given[0]
+        params = mean + variance.sqrt() * torch.randn(1, *mean.shape, generator=generator)
+    else:
+        theta, phi = given[0]
+        eps = torch.randn(1, *phi["mu"].shape, generator=generator)
+        params = theta, phi, script.latent(phi, eps)
+    noise = script.draw_noise(space, (1, 1), generator, True)
+    return agent.act(params, torch.as_tensor(obs).view(1, 1, -1), noise)[0, 0].detach()
+
+
+def test_episodes_of_your_own(script, use, monkeypatch):
+    """The keys in docs/use.md are those that are read: no others, and each of them."""
+    if script.__name__ == "rl2":
+        return  # it is told step by step
+    page, _, names = use(script.Args.env_id)
+    (row,) = re.findall(rf"^\| `{script.__name__}.py` \| (.*) \|$", read(USE), re.MULTILINE)
+    keys = re.findall(r"`(\w+)`", row)
+    task = last_collected(script, monkeypatch)[2]
+    obs = np.zeros(script.make_envs(script.Args.env_id).single_observation_space.shape)
+    expected = page.adapted("runs/NAME", task, deterministic_eval=True)(obs)
+    collect = script.collect
+    given = {}
+
+    def some(*args, **settings):
+        given["args"], given["batch"] = args, collect(*args, **settings)
+        return {name: given["batch"][name] for name in keys}
+
+    monkeypatch.setattr(script, "collect", some)
+    assert (page.adapted("runs/NAME", task, deterministic_eval=True)(obs) == expected).all()
+    for key in tuple(keys):
+        keys.remove(key)
+        with pytest.raises(KeyError, match=key):
+            page.adapted("runs/NAME", task)
+        keys.append(key)
+    if script is maml_trpo:
+        (source,) = (x for x in code(read(USE), "python") if "def batch_of(" in x)
+        exec(source, names)
+        params, _, _, policy, args = given["args"]
+        told = [given["batch"][name] for name in ("obs", "actions", "rewards", "mask")]
+        batch = names["batch_of"](*told, params, policy, args)
+        for name, x in batch.items():
+            torch.testing.assert_close(x, given["batch"][name])
+
+
+def test_main_from_code(train, monkeypatch):
+    """As the README calls it, with small numbers; in a thread, which gets no signals, as well."""
+    (source,) = (block for block in code(read(README), "python") if "m.main(" in block)
+    small = "1, episodes_per_task=2, num_test_tasks=5, num_threads=1"
+    source = source.replace("32_000", small).replace("64_000", "3_000").replace("1000", "4")
+    first, *others = source.split("m.main(m.Args(resume")
+    train(maml_trpo)  # in a folder of its own
+    exec(first, names := {})
+    (folder,) = Path("runs").glob("*__maml_trpo__*")
+    folder.rename("runs/NAME")
+    thread = threading.Thread(target=exec, args=("m.main(m.Args(resume".join(["", *others]), names))
+    thread.start()
+    thread.join()
+    assert load("runs/NAME")["global_step"] >= 3_000
+    with np.load("runs/NAME/evaluation.npz") as file:
+        assert file["tasks"].shape == (4, 2)
+
+
+def test_the_readme_has_the_block_of_maml():
+    (source,) = (block for block in code(read(README), "python") if "def adapted" in block)
+    assert source in code(read(USE), "python")
 
 
 def test_python_of_the_tasks_page_runs(script, train, tmp_path, monkeypatch):
@@ -271,6 +471,14 @@ def test_every_flag_has_its_help_beside_it(script):
         assert re.search(r"  # \S.{3,}$", source[node.lineno - 1]), source[node.lineno - 1]
     names = {node.target.id for node in fields}
     assert script.Args.may_be_zero | script.Args.at_most_one <= names
+
+
+def test_lines_above_the_ruler(script):
+    """As many as the README says."""
+    lines = Path(script.__file__).read_text().splitlines()
+    (bounds,) = re.findall(r"after (\d+) to (\d+)\s+lines", read(README))
+    first = next(i for i, line in enumerate(lines) if line.startswith("# ====="))
+    assert int(bounds[0]) <= first <= int(bounds[1])
 
 
 def test_requirements_of_a_script(script):
