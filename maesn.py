@@ -1098,7 +1098,7 @@ def saved_args(args, checkpoint: dict):
     saved = type(args)(**checkpoint["args"])
     if not getattr(args, "from_parse", False):
         given = {name: x for name, x in asdict(args).items() if x != getattr(type(args), name)}
-        args = replace(saved, **given)
+        args = replace(saved, **given | {"cuda": args.cuda})  # which is about this machine
     for name in asdict(saved).keys() - MAY_CHANGE if args.resume else ():
         if getattr(args, name) != getattr(saved, name):
             flag = f"--{name.replace('_', '-')}"

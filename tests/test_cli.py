@@ -468,6 +468,10 @@ def test_code_may_evaluate_and_resume(script, train, capsys):
     folder, metrics = train(script)
     saved = {tag: x for tag, x in metrics.items() if tag.startswith("eval/")}
     assert script.main(script.Args(evaluate=str(folder))) == saved
+    checkpoint = load(folder)
+    checkpoint["args"]["cuda"] = True  # of a run elsewhere
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    assert script.main(script.Args(evaluate=str(folder))) == saved
     fewer = script.main(script.Args(evaluate=str(folder), num_test_tasks=2))
     assert fewer.keys() == saved.keys() and fewer != saved
     assert "on 2 held-out tasks" in capsys.readouterr().out
