@@ -27,7 +27,7 @@ USE = ROOT / "docs" / "use.md"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 FORM = ["The idea", "Pseudo-code", "Equations", "Quick facts", "Usage", "Logged metrics"]
 FORM += ["Implementation details", "Deviations from the paper", "Results", "Questions", "Citation"]
-IN_FORM = ["maml_trpo", "rl2", "maesn"]  # the other pages are still to come into it
+IN_FORM = SCRIPTS
 
 
 def read(path):
