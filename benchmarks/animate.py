@@ -126,13 +126,15 @@ def plain(model):
     return model
 
 
-def render(phases, model, rows: list[int], names: list[str], width=300, height=116):
+def render(phases, model, rows: list[int], names: list[str], width=300, height=108):
     """Frames of the simulator, one for each step; the camera goes along with the torso."""
     import mujoco
 
     model = plain(model)
     data, camera = mujoco.MjData(model), mujoco.MjvCamera()
-    camera.azimuth, camera.elevation, camera.distance = 90, -15, 2.6
+    mujoco.mj_forward(model, data)
+    tall = data.xpos[1, 2]  # the torso, 0.7 m of a cheetah
+    camera.azimuth, camera.elevation, camera.distance = 90, -15, 1.5 + 1.4 * tall
     figure, panels = make_panels(len(rows), width, height)
     shown = []
     for (i, row), (j, (_, batch, count)) in product(enumerate(rows), enumerate(phases)):
@@ -147,7 +149,7 @@ def render(phases, model, rows: list[int], names: list[str], width=300, height=1
                 now = min(t, len(states) - 1)
                 data.qpos = states[now, 1 : 1 + model.nq]
                 mujoco.mj_forward(model, data)
-                camera.lookat = [*data.xpos[1, :2], 0.6]
+                camera.lookat = [*data.xpos[1, :2], 0.85 * tall]
                 renderer.update_scene(data, camera)
                 image.set_data(renderer.render())
                 axes.set_title(f"{text}: return {returns[now].round().int()}", size=10)
@@ -197,7 +199,7 @@ def save(frames, path: str, fps: float):
 
     images = [Image.fromarray(frame) for frame in frames]
     few = np.concatenate([images[0], images[len(images) // 2], images[-1]])
-    palette = Image.fromarray(few).quantize(32, Image.Quantize.MAXCOVERAGE, kmeans=2)
+    palette = Image.fromarray(few).quantize(24, Image.Quantize.MAXCOVERAGE, kmeans=2)
     images = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     times = [1000 / fps] * (len(images) - 1) + [2000]
     images[0].save(path, save_all=True, append_images=images[1:], duration=times, loop=0)
