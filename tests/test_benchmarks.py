@@ -1,4 +1,4 @@
-"""benchmarks/run.py and plot.py: a list becomes CSVs once, and what is computed from them is right."""
+"""benchmarks/: a list becomes CSVs once, what is computed from them is right, figures and films are drawn."""
 
 import importlib
 import importlib.util
@@ -21,6 +21,7 @@ def load_module(name):
 
 plot, run = load_module("plot"), load_module("run")
 pearl_contexts, rl2_memory = load_module("pearl_contexts"), load_module("rl2_memory")
+animate = load_module("animate")
 
 
 @pytest.fixture
@@ -146,6 +147,58 @@ def test_figures_of_an_evaluation(train, tmp_path):
         train(script, evaluate=folder)
         figure(str(tmp_path / f"{name}.png"), str(folder / "evaluation.npz"))
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+def film(path, *flags):
+    """The frames that animate.py writes, one image each."""
+    image = pytest.importorskip("PIL.Image")
+    animate.main([str(path), *map(str, flags)])
+    with image.open(path) as gif:
+        frames = []
+        for i in range(gif.n_frames):
+            gif.seek(i)
+            frames.append(np.asarray(gif.convert("RGB")))
+    return frames
+
+
+def test_films_of_points(train, tmp_path):
+    import maesn
+
+    pytest.importorskip("matplotlib")
+    folder, _ = train(maesn)
+    frames = film(tmp_path / "a.gif", folder, "--task", 0, 3, "--episodes", 2)
+    assert len(frames) == 31 and (frames[0] != frames[-1]).any()  # 10 steps in three parts each
+
+
+def test_films_of_mujoco(train, tmp_path, monkeypatch):
+    """The states that it renders are those that the policy saw; by EGL, whatever other tests render by."""
+    pytest.importorskip("matplotlib")
+    folder, _ = train(maml_trpo, env_id="HalfCheetahDir-v0", horizon=6)
+    for (tasks, batch, count), adapted_to in zip(
+        animate.record(*animate.load(str(folder), [])), (0, 2), strict=True
+    ):
+        assert tasks.shape == (4, 1) and count == adapted_to
+        states = batch["states"][..., 2:].to(batch["obs"])  # time and the root's x are not observed
+        assert torch.equal(states, batch["obs"]) and states.shape == (4, 2, 6, 17)
+    gl_context = pytest.importorskip("mujoco.gl_context")
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    try:
+        importlib.reload(gl_context)
+        animate.require_rendering()
+    except (Exception, SystemExit) as error:
+        pytest.skip(f"cannot render here: {error}")
+    frames = film(tmp_path / "a.gif", folder, "--task", 0, 1, "--names", "there", "back")
+    assert len(frames) == 6 and (frames[0] != frames[-1]).any()
+
+
+def test_what_no_film_is_made_of(train, tmp_path):
+    import rl2
+
+    with pytest.raises(SystemExit, match="is no run"):
+        animate.main(["a.gif", str(tmp_path / "nothing")])
+    folder, _ = train(rl2)
+    with pytest.raises(SystemExit, match="within an episode"):
+        animate.main(["a.gif", str(folder)])
 
 
 def test_posterior_means_of_the_tabular_mdp():
