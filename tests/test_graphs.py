@@ -183,7 +183,8 @@ def test_graphs_of_other_families_and_flags(device, name, flags, train):
     assert same(state(captured), state(eager))
 
 
-def test_a_resumed_run_captures_anew(device, script, train):
+@NO_GPU
+def test_a_resumed_run_captures_anew(script, train):
     """The first replay of a process is of a checkpoint's networks and moments."""
     whole, part = (train(script, total_timesteps=n * 160, cuda=True)[0] for n in (4, 2))
     train(script, resume=part, total_timesteps=4 * 160)
