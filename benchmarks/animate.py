@@ -216,16 +216,23 @@ def main(argv=None):
     parser.add_argument("--fps", type=float, default=20, help="frames per second")
     given, flags = parser.parse_known_args(argv)
     names = given.names or [f"task {i}" for i in given.task]
+    if len(names) != len(given.task):
+        parser.error("--names: one for each --task")
 
     script, args = load(given.run, flags)
-    if args.env_id in script.POINT_FAMILIES:
-        frames = draw(record(script, args), given.task, given.episodes)
-    else:
+    points = args.env_id in script.POINT_FAMILIES
+    if not points:
         require_rendering()
-        envs = script.make_envs(args.env_id)
-        if not hasattr(envs, "frame_skip"):
-            sys.exit(f"error: {args.env_id} is neither on MuJoCo nor points in the plane")
-        frames = render(record(script, args), envs.model, given.task, names)
+    envs = script.make_envs(args.env_id)
+    if not (points or hasattr(envs, "frame_skip")):
+        sys.exit(f"error: {args.env_id} is neither on MuJoCo nor points in the plane")
+    phases = record(script, args)
+    if max(given.task) >= (count := len(phases[0][0])):
+        parser.error(f"--task: there are 0 to {count - 1} in the first group of the meta-test")
+    if points:
+        frames = draw(phases, given.task, given.episodes)
+    else:
+        frames = render(phases, envs.model, given.task, names)
     save(frames, given.gif, given.fps)
 
 
