@@ -115,7 +115,7 @@ class Args:
     expert_batch_size: int = 16  # transitions per training task in a gradient step of the SAC expert
     expert_gamma: float = 0.9  # discount per step of the SAC expert
     expert_learning_rate: float = 1e-3  # step size of Adam for the SAC expert
-    expert_reward_scale: float = 30.0  # factor on the SAC expert's reward; the entropy has the weight 1
+    expert_reward_scale: float = 6.0  # factor on the SAC expert's reward, of measured unit; the entropy has weight 1
     tau: float = 0.01  # share of the SAC expert's critics in their targets, per gradient step
     hidden_size: int = 64  # units in each hidden layer of the policy and of the SAC expert
     bias_size: int = 4  # parameters appended to the policy's input as constants
@@ -1803,6 +1803,16 @@ class Replay:
         return (torch.arange(self.capacity, device=size.device) < size).flatten()
 
 
+def reward_unit(replay: Replay, columns: dict[str, int]) -> torch.Tensor:
+    """Standard deviation of the dense rewards in all ranks' replays, at least a tenth of their
+    mean; 1 if all are 0.
+    """
+    rewards = from_rows(replay.rows[replay.filled()], columns)["dense_rewards"].double()
+    mean, std = moments(rewards, torch.ones_like(rewards))
+    unit = torch.maximum(std, mean.abs() / 10)  # or rewards that hardly vary would become large
+    return torch.where(unit > 0, unit, 1)
+
+
 # <<< shared: sac
 
 # ==================================================================================================
@@ -1825,6 +1835,8 @@ def expert_iteration(sac, data, policy, run, args) -> dict[str, float]:
         sac.replay.add(data.ids, rows, mask)
         metrics["expert/return"] = task_mean(episode_scores(batch)["return"])
         run.lap("collect")
+        if run.iteration == 1:
+            sac.networks.reward_unit.copy_(reward_unit(sac.replay, sac.columns))
         metrics |= sac.learn(data.told, run.key("update"), args)
         run.lap("update")
 
@@ -1855,6 +1867,7 @@ class SacExpert:
         scale = tasks.std(0, correction=0)
         self.scale = torch.where(scale > 0, scale, 1)
         networks = SoftActorCritic(obs_size, action_size, tasks[0].numel(), args.hidden_size)
+        networks.register_buffer("reward_unit", torch.ones(()))
         self.networks = networks.to(tasks.device)
         saved = saved or {"networks": None, "optimizers": {}}
         networks.load_state_dict(restore(networks.state_dict(), saved["networks"]))
@@ -1895,8 +1908,8 @@ class SacExpert:
         noise = torch.randn(shape, generator=generator, device=tasks.device)
         # the same problem as with rewards times the scale, in small values, is learned faster
         temperature = 1 / args.expert_reward_scale
-        gamma = args.expert_gamma
-        qf_loss, _ = self.networks.critic_loss(batch, given, noise[0], gamma, 1, temperature)
+        gamma, scale = args.expert_gamma, 1 / self.networks.reward_unit
+        qf_loss, _ = self.networks.critic_loss(batch, given, noise[0], gamma, scale, temperature)
         apply_gradient(self.optimizers["critics"], qf_loss)
         actor_loss, logprob = self.networks.actor_loss(batch, given, noise[1], 0, temperature)
         apply_gradient(self.optimizers["actor"], actor_loss)

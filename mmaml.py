@@ -123,30 +123,36 @@ class Args:
 
 
 class Policy(nn.Module):
-    """Two modulated tanh layers to mean and log std: obs (..., O), τ (2, 2, H) -> (..., 2A)."""
+    """Two modulated tanh layers to mean, log std or logits: (..., O), τ (2, 2, H) -> (..., D)."""
 
-    def __init__(self, obs_size: int, action_size: int, args: Args):
+    def __init__(self, obs_size: int, action_space: gym.Space, args: Args):
         super().__init__()
+        self.discrete = isinstance(action_space, gym.spaces.Discrete)
+        self.dist = partial(distribution, discrete=self.discrete)
+        out_size = int(action_space.n) if self.discrete else action_space.shape[0]
         size = args.hidden_size
         self.hidden = nn.ModuleList([nn.Linear(obs_size, size), nn.Linear(size, size)])
-        self.mean = nn.Linear(size, action_size)
+        self.mean = nn.Linear(size, out_size)
         for layer, gain in zip((*self.hidden, self.mean), (1, 1, 0.01), strict=True):
             nn.init.xavier_uniform_(layer.weight, gain)  # 0.01: untrained, it would drift far away
             nn.init.zeros_(layer.bias)
-        self.log_std = nn.Parameter(torch.full((action_size,), math.log(args.init_std)))
+        if not self.discrete:
+            self.log_std = nn.Parameter(torch.full((out_size,), math.log(args.init_std)))
         self.action_scale = args.action_scale
 
     def forward(self, obs: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
         x = obs
         for layer, (scale, shift) in zip(self.hidden, tau, strict=True):  # γ and β; 0: unmodulated
             x = torch.tanh(layer(x) * (1 + scale) + shift)
+        if self.discrete:
+            return self.mean(x)
         mean = self.action_scale * self.mean(x)
         log_std = self.log_std.clamp(min=math.log(1e-6))  # the original's floor
         return torch.cat([mean, (math.log(self.action_scale) + log_std).expand_as(mean)], -1)
 
     def act(self, params, obs, noise) -> torch.Tensor:
         """Of rollout: what policies of params (θ, τ) do, obs (N, E, O) -> actions (N, E, A)."""
-        return draw_actions(policies(self, params, obs), noise)
+        return draw_actions(policies(self, params, obs), noise, self.discrete)
 
 
 class Encoder(nn.Module):
@@ -170,7 +176,10 @@ class Encoder(nn.Module):
         self.register_buffer("variance", torch.ones(input_size))
 
     def inputs(self, batch) -> torch.Tensor:
-        return torch.cat([batch["obs"], batch["actions"], batch["rewards"].unsqueeze(-1)], -1)
+        obs, actions = batch["obs"], batch["actions"]
+        if actions.ndim < obs.ndim:  # Discrete, as one-hot
+            actions = torch.eye(len(self.mean) - obs.shape[-1] - 1, device=obs.device)[actions]
+        return torch.cat([obs, actions, batch["rewards"].unsqueeze(-1)], -1)
 
     def observe(self, batch):
         """Take the steps of all ranks into the running mean and variance of the inputs."""
@@ -198,14 +207,14 @@ class Agent(nn.Module):
     one-hot mode is the embedding, the head a table of modulations. --no-modulation: τ = 0.
     """
 
-    def __init__(self, obs_size: int, action_size: int, num_modes: int, args: Args):
+    def __init__(self, obs_size: int, action_space: gym.Space, num_modes: int, args: Args):
         super().__init__()
         self.knows_the_mode = args.oracle_mode
         self.shape = (2, 2 if args.modulation == "film" else 1, args.hidden_size)  # γ, maybe β
-        self.policy = Policy(obs_size, action_size, args)
+        self.policy = Policy(obs_size, action_space, args)
         self.encoder = None
         if not (args.no_modulation or args.oracle_mode):
-            self.encoder = Encoder(obs_size + action_size + 1, args.encoder_size)
+            self.encoder = Encoder(obs_size + self.policy.mean.out_features + 1, args.encoder_size)
         if not args.no_modulation:
             size = num_modes if args.oracle_mode else args.encoder_size
             self.head = nn.Linear(size, math.prod(self.shape))
@@ -214,7 +223,7 @@ class Agent(nn.Module):
 
     def modulation(self, tasks, batch=None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(3) τ (N, 2, 2, H) and embeddings (N, Z) of tasks (N, K), given their first episodes."""
-        like = self.policy.log_std
+        like = self.policy.mean.weight
         if self.encoder and batch:
             embeddings = self.encoder(batch)
         elif self.knows_the_mode:
@@ -230,7 +239,7 @@ class Agent(nn.Module):
 
 
 def policies(policy, params, obs) -> torch.Tensor:
-    """What N policies do, at once: params (θ, τ) (N, ...), obs (N, ..., O) -> (N, ..., 2A)."""
+    """What N policies do, at once: params (θ, τ) (N, ...), obs (N, ..., O) -> (N, ..., D)."""
     of_task = vmap(lambda theta, tau, obs: functional_call(policy, theta, (obs, tau)))
     return of_task(*params, obs)
 
@@ -240,14 +249,14 @@ def collect(params, tasks, key, policy, args, test=False, deterministic=False) -
     """(2), (5) E episodes in each of N tasks (N, K), in task i with params, (θ_i by name, τ_i).
 
     key: of the draws. Returns the batch of rollout with rewards of training or test, advantages,
-    and what the policies do, dist_params (N, E, T, 2A), and the actions' logprobs (N, E, T).
+    and what the policies do, dist_params (N, E, T, D), and the actions' logprobs (N, E, T).
     """
     episodes = args.eval_episodes if test else args.episodes_per_task
     batch = rollout(policy.act, params, tasks, episodes, key, args, deterministic)
     batch["rewards"] = batch[f"{args.test_reward if test else args.train_reward}_rewards"]
     batch["advantages"] = standardised_advantages(batch, args)
     batch["dist_params"] = policies(policy, params, batch["obs"])
-    batch["logprobs"] = distribution(batch["dist_params"]).log_prob(batch["actions"])
+    batch["logprobs"] = policy.dist(batch["dist_params"]).log_prob(batch["actions"])
     return batch
 
 
@@ -256,7 +265,7 @@ def inner_step(theta, tau, batch, policy, args) -> tuple[dict, torch.Tensor]:
 
     def loss(theta):  # τ is held fixed
         dist_params = functional_call(policy, theta, (batch["obs"], tau))
-        ratio = probability_ratio(dist_params, batch)
+        ratio = probability_ratio(dist_params, batch, policy.discrete)
         return -masked_mean(ratio * batch["advantages"], batch["mask"]), dist_params
 
     grads, dist_params = grad(loss, has_aux=True)(theta)
@@ -294,10 +303,15 @@ def promp_loss(theta, tau, batches, agent, args) -> tuple[torch.Tensor, ...]:
     for k, inner_batch in enumerate(inner_batches):
         used = tau if k > 0 or agent.knows_the_mode else torch.zeros_like(tau)  # that collected
         theta, dist_params = inner_step(theta, used, inner_batch, agent.policy, args)
-        kl = kl_divergence(distribution(inner_batch["dist_params"]), distribution(dist_params))
+        old, new = map(agent.policy.dist, (inner_batch["dist_params"], dist_params))
+        if agent.policy.discrete:  # kl_divergence looks for probabilities of 0, which no graph can
+            kl = (old.probs * (old.logits - new.logits)).sum(-1)
+        else:
+            kl = kl_divergence(old, new)
         kls.append(masked_mean(kl, inner_batch["mask"]))
     kl = sum(kls) / len(kls)
-    ratio = probability_ratio(functional_call(agent.policy, theta, (batch["obs"], tau)), batch)
+    dist_params = functional_call(agent.policy, theta, (batch["obs"], tau))
+    ratio = probability_ratio(dist_params, batch, agent.policy.discrete)
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     lower = torch.min(ratio * batch["advantages"], clipped * batch["advantages"])
     surrogate = -masked_mean(lower, batch["mask"])
@@ -392,8 +406,6 @@ def main(args: Args) -> dict[str, float]:
         fail("--no-modulation and --oracle-mode exclude each other")
     envs, train_tasks, test_tasks = make_tasks(args)
     num_modes = getattr(envs, "num_modes", 0)
-    if isinstance(envs.single_action_space, gym.spaces.Discrete):
-        fail(f"{args.env_id} has Discrete actions; mmaml.py needs Box")
     if args.oracle_mode and not num_modes:
         fail(f"--oracle-mode: {args.env_id} is no family with modes (see docs/tasks.md)")
     if args.oracle_mode and not set(test_tasks[:, -1]) <= set(range(num_modes)):
@@ -401,7 +413,7 @@ def main(args: Args) -> dict[str, float]:
 
     # the policy, and what modulates it
     obs_size = envs.single_observation_space.shape[0]
-    agent = Agent(obs_size, envs.single_action_space.shape[0], num_modes, args).to(device)
+    agent = Agent(obs_size, envs.single_action_space, num_modes, args).to(device)
     agent.load_state_dict(restore(agent.state_dict(), checkpoint.get("agent")))
 
     if args.evaluate:
@@ -430,7 +442,7 @@ def main(args: Args) -> dict[str, float]:
 
             # log, (7) meta-test, save
             run.global_step += num_steps(batches)
-            entropy = distribution(batches[-1]["dist_params"]).entropy()
+            entropy = agent.policy.dist(batches[-1]["dist_params"]).entropy()
             metrics = losses | {
                 "losses/entropy": task_mean(masked_mean(entropy, batches[-1]["mask"], (1, 2))),
                 "charts/pre_adaptation_return": task_mean(episode_scores(batches[0])["return"]),

@@ -116,7 +116,7 @@ class Args:
     learning_rate: float = 1e-3  # step size of Adam, for all networks
     anneal: tyro.conf.DisallowNone[bool | None] = None  # learning_rate falls linearly to 0 (unset: False, True, False)
     tau: float = 0.005  # share of the critics in the targets, per gradient step
-    reward_scale: float | None = None  # factor on the critics' reward (unset: 1.0, 1.0, 5.0)
+    reward_scale: float | None = None  # factor on the critics' reward (unset: measured, about 1.0, 1.0, 5.0)
     temperature: float | None = None  # weight of the entropy for critics and actor (unset: 0.01, 0.01, 1.0)
     kl_weight: float | None = None  # weight of N times the mean KL in the critics' loss (unset: 1e-4, 1e-5, 0.1)
     regularization: float | None = None  # weight of the actor's squared mean and log std (unset: 1e-5, 1e-3, 1e-3)
@@ -150,6 +150,10 @@ class Agent(nn.Module):
         self.latent_size = args.latent_size
         self.encoder = MLP(self.context_width, args.encoder_size, 2 * args.latent_size)
         self.sac = SoftActorCritic(obs_size, action_size, args.latent_size, args.hidden_size)
+        # what main measures; until then rewards are 0 in a context
+        self.register_buffer("reward_scale", torch.tensor(args.reward_scale or 1.0))
+        self.register_buffer("context_units", torch.ones(self.context_width))
+        self.context_units[obs_size + action_size] = torch.inf
 
     def prior(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The belief about n tasks of which nothing is known."""
@@ -158,7 +162,7 @@ class Agent(nn.Module):
 
     def infer(self, rows, mask) -> tuple[torch.Tensor, torch.Tensor]:
         """(3) The belief given contexts: rows (N, C, W) and their mask (N, C)."""
-        return belief(self.encoder(rows[..., : self.context_width]), mask)
+        return belief(self.encoder(rows[..., : self.context_width] / self.context_units), mask)
 
     def act(self, z, obs, noise) -> torch.Tensor:
         """Of rollout: z (N, E, Z), obs (N, E, O), normal noise (N, E, A) -> actions (N, E, A)."""
@@ -294,7 +298,7 @@ def gradient_step(agent, optimizers, experience, generator, args) -> torch.Tenso
 
     # (4), (5) critics and encoder
     qf_loss, qf_values = agent.sac.critic_loss(
-        batch, z, noise[1], args.gamma, args.reward_scale, args.temperature
+        batch, z, noise[1], args.gamma, agent.reward_scale, args.temperature
     )
     kl = kl_to_prior(mean, variance).mean()
     apply_gradient(optimizers["critics"], qf_loss + args.kl_weight * args.meta_batch_size * kl)
@@ -401,6 +405,8 @@ def main(args: Args) -> dict[str, float]:
             run.lap("collect")
 
             # (2)-(6) gradient steps, from the end of the initial collection on
+            if run.iteration == first:
+                set_unit(agent, reward_unit(experience.replay, experience.columns), args)
             losses = {}
             if run.iteration >= first:
                 times = args.warmup_gradient_steps if warming_up else args.gradient_steps
@@ -1530,6 +1536,20 @@ def adam(parameters, lr: float, args, saved: dict | None = None, eps=1e-8) -> to
 
 
 # <<< shared: adam
+# >>> shared: moments
+
+
+def moments(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (...) of x (*mask.shape, ...) where mask is 1, over all ranks."""
+    dims = tuple(range(mask.ndim))
+    weight = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+    count = all_reduce(mask.sum())
+    mean = all_reduce((x * weight).sum(dims)) / count
+    variance = all_reduce(((x - mean) ** 2 * weight).sum(dims)) / count
+    return mean, variance.sqrt()
+
+
+# <<< shared: moments
 # >>> shared: sac
 
 
@@ -1704,6 +1724,16 @@ class Replay:
         return (torch.arange(self.capacity, device=size.device) < size).flatten()
 
 
+def reward_unit(replay: Replay, columns: dict[str, int]) -> torch.Tensor:
+    """Standard deviation of the dense rewards in all ranks' replays, at least a tenth of their
+    mean; 1 if all are 0.
+    """
+    rewards = from_rows(replay.rows[replay.filled()], columns)["dense_rewards"].double()
+    mean, std = moments(rewards, torch.ones_like(rewards))
+    unit = torch.maximum(std, mean.abs() / 10)  # or rewards that hardly vary would become large
+    return torch.where(unit > 0, unit, 1)
+
+
 # <<< shared: sac
 
 # ==================================================================================================
@@ -1730,25 +1760,38 @@ BY_KIND = {  # what a flag is if it is not given: on SparsePointRobot-v0, on oth
     "hidden_size": (64, 64, 128),
     "encoder_size": (32, 128, 128),
     "anneal": (False, True, False),
-    "reward_scale": (1.0, 1.0, 5.0),
     "temperature": (0.01, 0.01, 1.0),
     "kl_weight": (1e-4, 1e-5, 0.1),
     "regularization": (1e-5, 1e-3, 1e-3),
     "exploration_episodes": (15, 1, 2),
 }
+USUAL_REWARDS = [(0.2, 1), (0.5, 1), (1, 5)]  # the unit where a reward scale was found, and that
+
+
+def kind_of_tasks(args: Args) -> int:
+    if args.env_id in POINT_FAMILIES:
+        return 0 if args.env_id.startswith("Sparse") else 1
+    return 2
 
 
 def by_kind(args: Args) -> Args:
-    """args with values for what is unset."""
+    """args with values for what is unset, but for what is measured."""
     sparse = args.env_id.startswith("Sparse")
-    kind = 2
-    if args.env_id in POINT_FAMILIES:
-        kind = 0 if sparse else 1
+    kind = kind_of_tasks(args)
     values = {name: of[kind] for name, of in BY_KIND.items()}
     values["train_reward"] = values["test_reward"] = "sparse" if sparse else "dense"
     values["num_eval_steps"] = 19 if sparse else 2
     values["context_next_obs"] = "RandParams" in args.env_id
     return replace(args, **{name: x for name, x in values.items() if getattr(args, name) is None})
+
+
+def set_unit(agent: Agent, unit: torch.Tensor, args: Args):
+    """Rewards are in this unit () for contexts and, without --reward-scale, for the critics."""
+    usual, scale = USUAL_REWARDS[kind_of_tasks(args)]
+    agent.context_units[agent.columns["obs"] + agent.columns["actions"]] = unit / usual
+    if args.reward_scale is None:
+        agent.reward_scale.copy_(scale * usual / unit)
+    show(f"reward_scale {agent.reward_scale:.3g}")
 
 
 def whole_rounds(args) -> list[int]:

@@ -367,12 +367,13 @@ def sac_expert(tasks):
 
 
 def test_a_gradient_step_of_the_expert_in_plain_terms(double):
-    """Twin critics towards the soft target at temperature 1/5, the actor against the new ones, then
-    the targets.
+    """Twin critics towards the soft target at temperature 1/5, of rewards in their unit, the actor
+    against the new ones, then the targets.
     """
     tasks = torch.randn(3, 1)
     agent, args = sac_expert(tasks)
     twin, _ = sac_expert(tasks)
+    agent.networks.reward_unit.fill_(4)
     transitions = [torch.randn(3, 20, size) for size in (2, 2, 1, 2, 1)]
     transitions[4] = (transitions[4] > 0).double()
     agent.replay.add(torch.arange(3), torch.cat(transitions, -1), torch.ones(3, 20))
@@ -403,7 +404,7 @@ def test_a_gradient_step_of_the_expert_in_plain_terms(double):
     with torch.no_grad():
         next_actions, logprobs = act(next_obs, noise[0])
         value = values(twin.networks.targets, next_obs, next_actions).amin(0) - 0.2 * logprobs
-        y = rewards[:, 0] + 0.9 * (1 - terminated[:, 0]) * value
+        y = rewards[:, 0] / 4 + 0.9 * (1 - terminated[:, 0]) * value
     old = [p.detach().clone() for p in twin.networks.targets.parameters()]
     critics, actor = twin.networks.critics, twin.networks.actor
     q = values(critics, obs, actions)
@@ -815,12 +816,53 @@ def test_a_diverging_imitation_is_named_and_spares_the_checkpoint(train):
     assert state["iteration"] == 1 and all(x.isfinite().all() for x in state["policy"].values())
 
 
-def test_an_experts_reward_that_is_too_large_is_named(train, monkeypatch):
-    """Its square is infinite in single precision."""
-    monkeypatch.setattr(Sign, "scale", 1e25)
+def test_an_experts_reward_that_becomes_too_large_is_named(train, monkeypatch):
+    """Its square is infinite in single precision, in the unit of the first iteration."""
+    learn = module.SacExpert.learn
+
+    def learn_and_grow(*args):
+        Sign.scale = 1e25
+        return learn(*args)
+
+    monkeypatch.setattr(Sign, "scale", 1.0)
+    monkeypatch.setattr(module.SacExpert, "learn", learn_and_grow)
     line = r"^error: the expert's loss is not finite: .* or reward$"
     with pytest.raises(SystemExit, match=line):
-        train(module, env_id="ExpertSign-v0")
+        train(module, env_id="ExpertSign-v0", expert_timesteps=160, total_timesteps=400)
+
+
+class Paid(module.PointEnvs):
+    """PointRobot-v0, its rewards in another unit."""
+
+    def __init__(self, pay, num_envs):
+        self.pay = pay
+        super().__init__("PointRobot-v0", num_envs)
+
+    def step(self, actions):
+        obs, rewards, *rest = super().step(actions)
+        return obs, self.pay * rewards, *rest
+
+
+@pytest.mark.parametrize("pay", [1e4, 1e-4])
+def test_learning_does_not_depend_on_the_unit_of_rewards(train, double, pay):
+    """Rewards times a constant: the same expert, and so the same policy but for the 1e-8 beside the
+    standard deviation of advantages.
+    """
+    runs = []
+    for unit in (1, pay):
+        env_id = f"PaidExpert_{unit:g}-v0"
+        if env_id not in gym.registry:
+            gym.register(env_id, vector_entry_point=Paid, kwargs={"pay": unit})
+        flags = {"expert_timesteps": 240, "expert_gradient_steps": 20, "gradient_steps": 20}
+        folder, metrics = train(module, env_id=env_id, total_timesteps=800, **flags)
+        state = load(folder)
+        networks = state["sac"]["networks"]
+        networks["reward_unit"] /= unit
+        score = metrics["eval/return_after_2_episodes"] / unit
+        runs.append((networks, state["policy"], score))
+    assert runs[0][0]["reward_unit"] != 1
+    torch.testing.assert_close(runs[1][0], runs[0][0], atol=0, rtol=1e-6)
+    torch.testing.assert_close(runs[1][1:], runs[0][1:], atol=1e-3, rtol=1e-3)
 
 
 def rounds(num_rounds, n, num_tasks, first=1, rank=0, **flags):

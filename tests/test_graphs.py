@@ -174,6 +174,7 @@ def test_graphs_change_nothing(device, script, train):
         ("maesn", {"adapt_policy": True}),
         ("mmaml", {"env_id": "MultimodalNavigation2-v0", "oracle_mode": True}),
         ("mmaml", {"no_modulation": True}),
+        ("mmaml", {"env_id": "user_tasks:Discrete-v0"}),
         ("gmps", {"expert": "scripted"}),
     ],
 )

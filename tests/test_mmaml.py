@@ -60,19 +60,39 @@ class OneMode(Modes):
     num_modes = 1  # but tasks of two
 
 
+class Choices(Modes):
+    """A task is one of three actions, each a mode of its own; it alone scores, 1/3 by chance."""
+
+    num_modes = 3
+    action_space = gym.spaces.Discrete(3)
+
+    def sample_tasks(self, n):
+        return np.column_stack([np.arange(n) % 3, np.arange(n) % 3])
+
+    def step(self, action):
+        self.steps += 1
+        score = float(action == self.task) / self.length
+        return np.ones(2), score, self.steps == self.length, False, {}
+
+
 gym.register("ProbeModes-v0", Modes, max_episode_steps=3)
+gym.register("ProbeChoices-v0", Choices, max_episode_steps=3)
 gym.register("ProbeOneMode-v0", OneMode, max_episode_steps=3)
 
 # ----------------------------------------------------------- the same algorithm once more, in loops
 
 
 def plain_policy(params, gammas, betas, obs, action_scale):
-    """h = tanh((W x + b) (1 + γ) + β) in both layers, mean and log std in units of action_scale."""
+    """h = tanh((W x + b) (1 + γ) + β) in both layers, mean and log std in units of action_scale; of
+    a policy without log std the logits.
+    """
     x = obs
     for layer in range(2):
         weight, bias = params[f"hidden.{layer}.weight"], params[f"hidden.{layer}.bias"]
         x = torch.tanh((x @ weight.T + bias) * (1 + gammas[layer]) + betas[layer])
     mean = x @ params["mean.weight"].T + params["mean.bias"]
+    if "log_std" not in params:
+        return mean
     log_std = (math.log(action_scale) + params["log_std"]).expand_as(mean)
     return torch.cat([action_scale * mean, log_std], -1)
 
@@ -89,6 +109,14 @@ def plain_gru(params, inputs):
     return h
 
 
+def plain_inputs(steps):
+    """What the encoder is told of steps (B, ...): o, a or its one-hot of three, r."""
+    actions = steps["actions"]
+    if actions.ndim == 1:
+        actions = torch.stack([actions == choice for choice in range(3)], 1)
+    return torch.cat([steps["obs"], actions, steps["rewards"][:, None]], 1)
+
+
 def plain_encoder(params, encoder, batch):
     """The embedding of one task, batch (E, T, ...): episode by episode, each up to its end."""
 
@@ -99,7 +127,7 @@ def plain_encoder(params, encoder, batch):
     embeddings = []
     for e in range(len(batch["mask"])):
         episode = valid_steps(of_task(batch, e))
-        inputs = torch.cat([episode["obs"], episode["actions"], episode["rewards"][:, None]], 1)
+        inputs = plain_inputs(episode)
         unit = [x**0.5 if x > 1e-6 else 1.0 for x in encoder.variance.tolist()]
         state = plain_gru(params, (inputs - encoder.mean) / torch.tensor(unit))
         embeddings.append(layers("of_episode", state))
@@ -117,10 +145,10 @@ def plain_modulation(p, params, batch, mode):
     nothing = torch.zeros(2, p.args.hidden_size)
     if p.args.no_modulation:
         return nothing, nothing
-    embedding = torch.eye(2)[mode]
+    embedding = torch.eye(3)[mode]
     if not p.args.oracle_mode:
         embedding = plain_encoder(sub(params, "encoder."), p.agent.encoder, batch)
-    out = params["head.weight"] @ embedding + params["head.bias"]
+    out = params["head.weight"] @ embedding[: params["head.weight"].shape[1]] + params["head.bias"]
     if p.args.modulation == "scale":
         return out.view(2, -1), nothing
     return out.view(2, 2, -1).unbind(1)
@@ -129,6 +157,7 @@ def plain_modulation(p, params, batch, mode):
 def plain_task(p, params, i):
     """What happens to task i: τ, the θ of every phase, what they do, clipped surrogate, mean KL."""
     theta = sub(params, "policy.")
+    discrete = "log_std" not in theta
     tau = plain_modulation(p, params, of_task(p.batches[0], i), int(p.tasks[i, -1]))
     thetas, found, kls = [theta], [], []
     for k, batch in enumerate(p.batches):
@@ -138,8 +167,8 @@ def plain_task(p, params, i):
         if k == 0 and not p.args.oracle_mode:
             gammas, betas = torch.zeros_like(gammas), torch.zeros_like(betas)
         does = plain_policy(leaves, gammas, betas, batch["obs"], p.args.action_scale)
-        old = log_density(batch["dist_params"], batch["actions"])
-        ratio = (log_density(does, batch["actions"]) - old).exp()
+        old = log_density(batch["dist_params"], batch["actions"], discrete)
+        ratio = (log_density(does, batch["actions"], discrete) - old).exp()
         gain = ratio * batch["advantages"]
         found.append(does.detach())
         if k == len(p.batches) - 1:
@@ -147,7 +176,7 @@ def plain_task(p, params, i):
             surrogate = -torch.minimum(gain, clipped * batch["advantages"]).mean()
             clipfrac, kl = (ratio != clipped).double().mean(), sum(kls) / max(1, len(kls))
             return tau, thetas, found, surrogate.detach(), kl, clipfrac
-        kls.append(divergence(batch["dist_params"], does.detach()).mean())
+        kls.append(divergence(batch["dist_params"], does.detach(), discrete).mean())
         gradient = torch.autograd.grad(-gain.mean(), tuple(leaves.values()))
         steps = zip(theta.items(), gradient, strict=True)
         theta = {name: x - p.args.inner_lr * g for (name, x), g in steps}
@@ -175,6 +204,7 @@ def make_batch(n=3, e=3, t=4):
     return batch | {"mask": mask}
 
 
+BOX = gym.spaces.Box(-1, 1, (2,))
 KINDS = {"mmaml": {}, "promp": {"no_modulation": True}, "oracle": {"oracle_mode": True}}
 
 
@@ -183,31 +213,36 @@ def make_args(kind="mmaml", **changes):
     return module.Args(**flags | {"kl_weight": 0.5} | KINDS[kind] | changes)
 
 
-def make_agent(args):
+def make_agent(args, discrete=False):
     """A small agent for two modes with nothing at 0, its inputs' units included."""
-    agent = module.Agent(2, 2, 2, args)
+    agent = module.Agent(2, gym.spaces.Discrete(3) if discrete else BOX, 2, args)
     for x in agent.parameters():
         x.data += 0.4 * torch.randn_like(x)
     if agent.encoder:
-        agent.encoder.mean, agent.encoder.variance = torch.randn(5), 0.5 + torch.rand(5)
+        size = len(agent.encoder.mean)
+        agent.encoder.mean, agent.encoder.variance = torch.randn(size), 0.5 + torch.rand(size)
     return agent
 
 
-def make_problem(kind="mmaml", num_steps=2, n=3, move=0.02, **changes):
+def make_problem(kind="mmaml", num_steps=2, n=3, move=0.02, discrete=False, **changes):
     """An agent, and the batches that it collects in n tasks; then all its parameters move a bit."""
     args = make_args(kind, **changes)
     tasks = np.column_stack([np.zeros(n), np.arange(n) % 2])
-    p = SimpleNamespace(args=args, agent=make_agent(args), tasks=tasks, batches=[])
+    p = SimpleNamespace(args=args, agent=make_agent(args, discrete), tasks=tasks, batches=[])
     params = dict(p.agent.named_parameters())
     for k in range(num_steps + 1):  # what policies of phase k do follows from the batches before
-        batch = make_batch(n) | {"dist_params": torch.zeros(n, 3, 4, 4)}
+        batch = make_batch(n) | {"dist_params": torch.zeros(n, 3, 4, 3 if discrete else 4)}
+        if discrete:
+            batch["actions"] = torch.zeros(n, 3, 4, dtype=torch.long)
         p.batches.append(batch)
         for i in range(n):
             found = plain_task(p, params, i)[2]
             batch["dist_params"][i][batch["mask"][i] == 1] = found[k]
-        noise = torch.randn(n, 3, 4, 2)
-        batch["actions"] = actions_from(batch["dist_params"], noise) * batch["mask"][..., None]
-        batch["logprobs"] = log_density(batch["dist_params"], batch["actions"])
+        noise = torch.randn(n, 3, 4, 3 if discrete else 2)
+        actions = actions_from(batch["dist_params"], noise, discrete)
+        taken = batch["mask"].long() if discrete else batch["mask"][..., None]
+        batch["actions"] = actions * taken
+        batch["logprobs"] = log_density(batch["dist_params"], batch["actions"], discrete)
     for x in p.agent.parameters():
         x.data += move * torch.randn_like(x)
     return p
@@ -228,6 +263,7 @@ def adam(p):
 
 VARIANTS = [{"kind": kind, "num_steps": k} for kind in KINDS for k in (1, 2)]
 VARIANTS += [{"modulation": "scale"}, {"num_steps": 3}, {"kind": "oracle", "modulation": "scale"}]
+VARIANTS += [{"kind": kind, "discrete": True, "move": 0.15} for kind in KINDS]
 
 # ---------------------------------------------------------------------------------------- meta-loss
 
@@ -349,7 +385,7 @@ def test_without_modulation_it_is_promp():
 
 
 def make_policy(obs_size=2, action_size=2, **changes):
-    return module.Policy(obs_size, action_size, make_args(**changes))
+    return module.Policy(obs_size, gym.spaces.Box(-1, 1, (action_size,)), make_args(**changes))
 
 
 def test_modulation_of_the_policy():
@@ -451,18 +487,23 @@ def test_tasks_in_chunks(monkeypatch):
 # ------------------------------------------------------------------------------------------ encoder
 
 
-def test_embedding():
+@pytest.mark.parametrize("discrete", [False, True])
+def test_embedding(discrete):
     """Against the loop over episodes and steps, whatever is in the padding; each task by itself."""
-    agent, batch = make_agent(make_args()), make_batch()
+    agent, batch = make_agent(make_args(), discrete), make_batch()
+    if discrete:
+        batch["actions"] = torch.randint(3, batch["mask"].shape)
     embedding = agent.encoder(batch)
     params = sub(dict(agent.named_parameters()), "encoder.")
     for i in range(3):
         plain = plain_encoder(params, agent.encoder, of_task(batch, i))
         torch.testing.assert_close(embedding[i], plain)
-    batch["rewards"][1, 0, 0] += 1
-    again = agent.encoder(batch)
-    assert torch.equal(again[[0, 2]], embedding[[0, 2]])
-    assert not torch.allclose(again[1], embedding[1])
+    for changed in ("rewards", "actions"):
+        other = {name: x.clone() for name, x in batch.items()}
+        other[changed][1, 0, 0] += 1 if other[changed][1, 0, 0].max() < 2 else -1
+        again = agent.encoder(other)
+        assert torch.equal(again[[0, 2]], embedding[[0, 2]])
+        assert not torch.allclose(again[1], embedding[1])
 
 
 def test_embedding_reads_every_step_in_order_and_episodes_in_none():
@@ -542,20 +583,19 @@ VARIATIONS += [{"kind": "promp"}, {"kind": "oracle"}]
 
 
 @pytest.mark.parametrize("changes", VARIATIONS, ids=str)
-@pytest.mark.parametrize("env_id", ["MultimodalNavigation2-v0", "ProbeModes-v0"])
+@pytest.mark.parametrize("env_id", ["MultimodalNavigation2-v0", "ProbeModes-v0", "ProbeChoices-v0"])
 def test_every_phase_is_collected_as_the_loops_say(env_id, changes):
     """The first by θ and, unless a mode is known, no τ; phase k by θ after k steps of its task, and
     one τ. So all ratios are 1 in the first epoch: no loss but -mean A = 0, no KL, nothing clipped.
     """
     args = make_args(**SMALL | {"env_id": env_id} | changes)
     envs, train_tasks, _ = module.make_tasks(args)
-    (obs_size,), (action_size,) = (
-        envs.single_observation_space.shape,
-        envs.single_action_space.shape,
-    )
+    (obs_size,), action_space = envs.single_observation_space.shape, envs.single_action_space
     tasks = module.meta_batch(envs, train_tasks, args, 1)
     p = SimpleNamespace(args=args, tasks=tasks)
-    p.agent = module.Agent(obs_size, action_size, envs.num_modes, args)
+    p.agent = module.Agent(obs_size, action_space, envs.num_modes, args)
+    discrete = p.agent.policy.discrete
+    assert discrete == (env_id == "ProbeChoices-v0")
     keys = [("train", 1, k) for k in range(args.num_inner_steps + 1)]
     p.batches, used, embeddings = module.adapt(p.agent, tasks, keys, args)
     params = dict(p.agent.named_parameters())
@@ -565,7 +605,8 @@ def test_every_phase_is_collected_as_the_loops_say(env_id, changes):
         for k, batch in enumerate(p.batches):
             own = valid_steps(of_task(batch, i))
             torch.testing.assert_close(own["dist_params"], found[k])
-            torch.testing.assert_close(own["logprobs"], log_density(found[k], own["actions"]))
+            logprobs = log_density(found[k], own["actions"], discrete)
+            torch.testing.assert_close(own["logprobs"], logprobs)
             for name, x in used[k][0].items():
                 torch.testing.assert_close(x[i], thetas[k][name])
         assert (tau[0] == 0).all() == (changes.get("kind") == "promp")
@@ -578,8 +619,8 @@ def test_every_phase_is_collected_as_the_loops_say(env_id, changes):
     assert terms(p)[1].item() == pytest.approx(-3)  # a task counts as one, whatever its steps
     if p.agent.encoder:  # which has been told the units of these inputs before it was asked
         first = p.batches[0]
-        rows = torch.cat([first["obs"], first["actions"], first["rewards"][..., None]], -1)
-        torch.testing.assert_close(p.agent.encoder.mean, rows[first["mask"] == 1].mean(0))
+        rows = plain_inputs(valid_steps(first))
+        torch.testing.assert_close(p.agent.encoder.mean, rows.mean(0))
         torch.testing.assert_close(embeddings, p.agent.modulation(tasks, first)[1])
         before = p.agent.encoder.count.clone()
         module.adapt(p.agent, tasks, keys, args, test=True)
@@ -587,16 +628,19 @@ def test_every_phase_is_collected_as_the_loops_say(env_id, changes):
 
 
 @pytest.mark.parametrize("test", [False, True])
-def test_collect(test):
+@pytest.mark.parametrize("env_id", ["ProbeModes-v0", "ProbeChoices-v0"])
+def test_collect(env_id, test):
     """The actions are those of the task's own policy and modulation, with the key's noise."""
-    args = make_args(env_id="ProbeModes-v0", episodes_per_task=4, eval_episodes=2, horizon=3)
+    args = make_args(env_id=env_id, episodes_per_task=4, eval_episodes=2, horizon=3)
     args = replace(args, hidden_size=4, action_scale=0.5, gamma=0.9, gae_lambda=0.8)
-    policy, n, e = module.Policy(2, 1, args), 3, 2 if test else 4
+    n, e = 3, 2 if test else 4
+    envs = module.make_envs(env_id, n * e)
+    policy = module.Policy(2, envs.single_action_space, args)
+    discrete = policy.discrete
     theta = {name: x.detach() for name, x in policy.named_parameters()}
     theta = {name: x + 0.5 * torch.randn(n, *x.shape) for name, x in theta.items()}
     tau, tasks = torch.randn(n, 2, 2, 4), np.array([[1, 0], [-1, 1], [1, 0]])
     generator = module.keyed_generator(args, "train", 5)
-    envs = module.make_envs("ProbeModes-v0", n * e)
     module.reset_lanes(envs, tasks.repeat(e, axis=0), generator)
     noise = module.draw_noise(envs.single_action_space, (n, e, 3), generator)
     for mean_actions in (False, True):
@@ -606,10 +650,11 @@ def test_collect(test):
         for i in range(n):
             x = of_task(batch, i)
             does = plain_policy(of_task(theta, i), tau[i, :, 0], tau[i, :, 1], x["obs"], 0.5)
-            actions = actions_from(does, noise[i] * (not mean_actions))
-            torch.testing.assert_close(x["actions"], actions * x["mask"][..., None])
+            actions = actions_from(does, noise[i] * (not mean_actions), discrete)
+            taken = x["mask"].long() if discrete else x["mask"][..., None]
+            torch.testing.assert_close(x["actions"], actions * taken)
             torch.testing.assert_close(x["dist_params"], does)
-            torch.testing.assert_close(x["logprobs"], log_density(does, x["actions"]))
+            torch.testing.assert_close(x["logprobs"], log_density(does, x["actions"], discrete))
         assert 0 < batch["mask"].mean() < 1
         advantages = module.standardised_advantages(batch, args)
         torch.testing.assert_close(batch["advantages"], advantages)
@@ -619,7 +664,7 @@ def test_sparse_rewards_are_what_is_collected():
     """Encoder, baseline and advantages read them; those of training and those of the test."""
     args = make_args(env_id="SparsePointRobot-v0", episodes_per_task=2, eval_episodes=2, horizon=9)
     args = replace(args, action_scale=1.0, train_reward="sparse")
-    policy, tasks, tau = module.Policy(2, 2, args), np.zeros((2, 2)), torch.zeros(2, 2, 2, 3)
+    policy, tasks, tau = module.Policy(2, BOX, args), np.zeros((2, 2)), torch.zeros(2, 2, 2, 3)
     theta = {name: x.detach().expand(2, *x.shape) for name, x in policy.named_parameters()}
     for test in (False, True):
         if test:
@@ -640,7 +685,7 @@ def test_main_is_these_functions_in_turn(train, kind):
     saved = torch.load(path, weights_only=True)
     args = module.Args(**saved["args"])
     torch.manual_seed(args.seed)
-    agent = module.Agent(2, 1, 2, args)
+    agent = module.Agent(2, Modes.action_space, 2, args)
     parts = [(agent if kind != "mmaml" else agent.policy, 1e-2)]
     if kind == "mmaml":
         parts.append((torch.nn.ModuleList([agent.encoder, agent.head]), 5e-4))
@@ -672,7 +717,7 @@ def test_meta_test(kind, deterministic):
     """
     args = make_args(kind, env_id="ProbeModes-v0", meta_batch_size=4, horizon=3, seed=3)
     args = replace(args, eval_episodes=3, deterministic_eval=deterministic)
-    agent = module.Agent(2, 1, 2, args)
+    agent = module.Agent(2, Modes.action_space, 2, args)
     for x in agent.parameters():
         x.data += 0.4 * torch.randn_like(x)
     tasks = np.column_stack([1 - 2 * (np.arange(7) % 2), np.arange(7) % 2])
@@ -777,10 +822,6 @@ def test_what_evaluate_writes(train, tmp_path):
             KINDS["oracle"] | {"env_id": "PointRobot-v0"},
             "--oracle-mode: PointRobot-v0 is no family with modes",
         ),
-        (
-            {"env_id": "user_tasks:Discrete-v0"},
-            "user_tasks:Discrete-v0 has Discrete actions; mmaml.py needs Box",
-        ),
     ],
 )
 def test_what_cannot_be(train, tmp_path, flags, line):
@@ -819,6 +860,18 @@ def test_probe_is_learned(train, settings, before):
     assert scores["eval/return_after_0_episodes"] == pytest.approx(before, abs=0.2)
     if settings == WITHOUT_STEPS:
         assert scores["eval/mode_accuracy"] > 0.9
+
+
+BY_STEPS = {"no_modulation": True, "inner_lr": 1.0}
+BY_MODULATION = WITHOUT_STEPS | {"modulation_learning_rate": 3e-3, "total_timesteps": 20_000}
+
+
+@pytest.mark.parametrize("settings", [BY_STEPS, BY_MODULATION], ids=str)
+def test_choices_are_learned(train, settings):
+    """Of Discrete actions: by gradient steps alone, and by modulation alone."""
+    scores = train(env_id="ProbeChoices-v0", num_test_tasks=15, **settings)
+    assert scores["eval/return_after_0_episodes"] == pytest.approx(1 / 3, abs=0.15)
+    assert 0.8 < scores["eval/return_after_10_episodes"] <= 1
 
 
 def test_probe_is_not_learned_without_adaptation(train):
