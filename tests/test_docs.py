@@ -136,7 +136,7 @@ def test_arrays_of_an_evaluation(script, train, env_id, capsys):
 
 # --------------------------------------------------------------------------------------------- docs/use.md
 
-DISCRETE = ["maml_trpo", "rl2", "maesn"]  # the scripts that take such actions
+DISCRETE = ["maml_trpo", "rl2", "maesn", "mmaml"]  # the scripts that take such actions
 
 
 @pytest.fixture
