@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=1.0",
-#                 "tensorboard>=2.16", "tqdm>=4.66"]
+# dependencies = ["torch>=2.6", "gymnasium>=1.1", "numpy>=1.26.4", "tyro>=1.0.9",
+#                 "tensorboard>=2.17.1", "tqdm>=4.66"]
 # ///
 """MAESN: Meta-Reinforcement Learning of Structured Exploration Strategies.
 Gupta, Mendonca, Liu, Abbeel and Levine, NeurIPS 2018, arXiv 1802.07245, Algorithm 1.

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=1.0",
-#                 "tensorboard>=2.16", "tqdm>=4.66"]
+# dependencies = ["torch>=2.6", "gymnasium>=1.1", "numpy>=1.26.4", "tyro>=1.0.9",
+#                 "tensorboard>=2.17.1", "tqdm>=4.66"]
 # ///
 """MMAML: Multimodal Model-Agnostic Meta-Learning via Task-Aware Modulation.
 Vuorio, Sun, Hu and Lim, NeurIPS 2019, arXiv 1910.13616, its reinforcement learning part, on top of

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=1.0",
-#                 "tensorboard>=2.16", "tqdm>=4.66"]
+# dependencies = ["torch>=2.6", "gymnasium>=1.1", "numpy>=1.26.4", "tyro>=1.0.9",
+#                 "tensorboard>=2.17.1", "tqdm>=4.66"]
 # ///
 """PEARL: Efficient Off-Policy Meta-Reinforcement Learning via Probabilistic Context Variables.
 Rakelly, Zhou, Quillen, Finn and Levine, ICML 2019, arXiv 1903.08254, Algorithms 1 and 2.

@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch", "gymnasium>=1.1", "numpy>=1.26", "tyro>=1.0",
-#                 "tensorboard>=2.16", "tqdm>=4.66"]
+# dependencies = ["torch>=2.6", "gymnasium>=1.1", "numpy>=1.26.4", "tyro>=1.0.9",
+#                 "tensorboard>=2.17.1", "tqdm>=4.66"]
 # ///
 """RL²: Fast Reinforcement Learning via Slow Reinforcement Learning.
 Duan, Schulman, Chen, Bartlett, Sutskever and Abbeel, 2016, arXiv 1611.02779; and, independently,
