@@ -115,7 +115,7 @@ class Args:
     expert_batch_size: int = 16  # transitions per training task in a gradient step of the SAC expert
     expert_gamma: float = 0.9  # discount per step of the SAC expert
     expert_learning_rate: float = 1e-3  # step size of Adam for the SAC expert
-    expert_reward_scale: float = 10.0  # factor on the SAC expert's reward, of measured unit; the entropy has weight 1
+    expert_reward_scale: float = 6.0  # factor on the SAC expert's reward, of measured unit; the entropy has weight 1
     tau: float = 0.01  # share of the SAC expert's critics in their targets, per gradient step
     hidden_size: int = 64  # units in each hidden layer of the policy and of the SAC expert
     bias_size: int = 4  # parameters appended to the policy's input as constants
