@@ -130,10 +130,10 @@ class Args:
     learning_rate_decay: float = 0.75  # factor on the step size for θ and α after every round
     dataset_size: int = 10_000  # labelled states kept per training task, the oldest are overwritten
 
-    may_be_zero: ClassVar = {"seed", "task_seed", "horizon", "num_threads", "num_eval_steps", "gae_lambda",
-                             "expert_noise", "bias_size", "importance_clip"}
-    at_most_one: ClassVar = {"gamma", "gae_lambda", "expert_gamma", "tau"}
-    gone: ClassVar = {"--expert-round-steps": "it paid on one family of three (docs/gmps.md)"}
+    may_be_zero: ClassVar[set] = {"seed", "task_seed", "horizon", "num_threads", "num_eval_steps", "gae_lambda",
+                                  "expert_noise", "bias_size", "importance_clip"}
+    at_most_one: ClassVar[set] = {"gamma", "gae_lambda", "expert_gamma", "tau"}
+    gone: ClassVar[dict] = {"--expert-round-steps": "it paid on one family of three (docs/gmps.md)"}
 # fmt: on
 
 

@@ -126,9 +126,9 @@ class Args:
     cg_iters: int = 10  # conjugate gradient iterations
     cg_damping: float = 1e-5  # multiple of the identity added to the Fisher matrix
 
-    may_be_zero: ClassVar = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps",
-                             "init_mu_std", "kl_weight", "gae_lambda", "cg_damping"}
-    at_most_one: ClassVar = {"gamma", "gae_lambda"}
+    may_be_zero: ClassVar[set] = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps",
+                                  "init_mu_std", "kl_weight", "gae_lambda", "cg_damping"}
+    at_most_one: ClassVar[set] = {"gamma", "gae_lambda"}
 # fmt: on
 
 

@@ -113,9 +113,9 @@ class Args:
     clip_coef: float = 0.1  # ε, the surrogate clips probability ratios to 1 ± ε
     kl_weight: float = 5e-4  # weight of the KL between old and new policies before the last inner step
 
-    may_be_zero: ClassVar = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps",
-                             "gae_lambda", "kl_weight"}
-    at_most_one: ClassVar = {"gamma", "gae_lambda"}
+    may_be_zero: ClassVar[set] = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps",
+                                  "gae_lambda", "kl_weight"}
+    at_most_one: ClassVar[set] = {"gamma", "gae_lambda"}
 # fmt: on
 
 

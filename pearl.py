@@ -123,11 +123,11 @@ class Args:
     exploration_episodes: int | None = None  # episodes of a meta-test before the belief is first used (unset: 15, 1, 2)
     eval_context: Literal["own", "none", "shuffled"] = "own"  # at meta-test; none: the prior, shuffled: another task's
 
-    may_be_zero: ClassVar = {"seed", "task_seed", "horizon", "num_threads", "num_eval_steps", "posterior_steps",
-                             "extra_steps", "warmup_iterations", "context_window", "replay_size",
-                             "kl_weight", "regularization"}
-    at_most_one: ClassVar = {"gamma", "tau"}
-    gone: ClassVar = {"--preset": "the paper's values are in benchmarks/pearl.txt",
+    may_be_zero: ClassVar[set] = {"seed", "task_seed", "horizon", "num_threads", "num_eval_steps", "posterior_steps",
+                                  "extra_steps", "warmup_iterations", "context_window", "replay_size",
+                                  "kl_weight", "regularization"}
+    at_most_one: ClassVar[set] = {"gamma", "tau"}
+    gone: ClassVar[dict] = {"--preset": "the paper's values are in benchmarks/pearl.txt",
                       "--compile": "--cuda captures CUDA graphs by itself (--no-cudagraphs: off)"}
 # fmt: on
 

@@ -108,9 +108,9 @@ class Args:
     vf_coef: float = 0.5  # weight of the value error
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
 
-    may_be_zero: ClassVar = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps",
-                             "embedding_size", "gae_lambda", "ent_coef"}
-    at_most_one: ClassVar = {"gamma", "gae_lambda"}
+    may_be_zero: ClassVar[set] = {"seed", "task_seed", "horizon", "num_train_tasks", "num_threads", "num_eval_steps",
+                                  "embedding_size", "gae_lambda", "ent_coef"}
+    at_most_one: ClassVar[set] = {"gamma", "gae_lambda"}
 # fmt: on
 
 
