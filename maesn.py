@@ -760,8 +760,8 @@ def step_lanes(envs, actions: torch.Tensor) -> tuple:
     """
     names = ("sparse_reward", "success")
     if envs.on_device:
-        obs, rewards, terminated, truncated, info = envs.step(actions)
-        return obs, rewards, terminated, truncated, {x: info[x] for x in names if x in info}
+        *told, info = envs.step(actions)
+        return *told, {x: info[x] for x in names if x in info}
     chosen = actions.cpu().numpy()
     if not np.isfinite(chosen).all():
         chosen = np.nan_to_num(chosen, posinf=0, neginf=0)
@@ -782,8 +782,7 @@ def draw_noise(space, shape: tuple, generator, deterministic=False) -> torch.Ten
         noise = torch.empty(*shape, int(space.n), device=generator.device)
         noise = -noise.exponential_(generator=generator).log()
     else:
-        size = (*shape, space.shape[0])
-        noise = torch.randn(size, generator=generator, device=generator.device)
+        noise = torch.randn(*shape, *space.shape, generator=generator, device=generator.device)
     return noise.zero_() if deterministic else noise
 
 
@@ -868,26 +867,22 @@ def rollout(act, params, tasks, episodes, key, args, deterministic=False) -> dic
     On a GPU T is rounded up to whole hundreds, or the horizon: graphs are of one shape.
     """
     envs = make_envs(args.env_id, len(tasks) * episodes)
-    lanes = np.repeat(tasks, episodes, axis=0)
+    of_lanes = np.repeat(tasks, episodes, axis=0)
     generator = keyed_generator(args, *key)
-    obs = reset_lanes(envs, lanes, generator)
-    require_finite({"next_obs": obs.unsqueeze(1)}, lanes, -1, args)
-    alive = torch.ones(len(lanes), dtype=torch.bool, device=obs.device)
-    if envs.on_device:
-        some_steps = graphed(play_steps, args)
-    else:
-        some_steps = play_steps
-        act = graphed(act, args)
+    obs = reset_lanes(envs, of_lanes, generator)
+    require_finite({"next_obs": obs.unsqueeze(1)}, of_lanes, -1, args)
+    alive = torch.ones(len(of_lanes), dtype=torch.bool, device=obs.device)
+    lanes = obs, alive, {name: x for name, x in vars(envs).items() if torch.is_tensor(x)}
+    some_steps = graphed(play_steps, args) if envs.on_device else play_steps
+    act = act if envs.on_device else graphed(act, args)
     blocks = []
     for first in range(0, args.horizon, 100):
         shape = (len(tasks), episodes, min(100, args.horizon - first))
         noise = draw_noise(envs.single_action_space, shape, generator, deterministic)
-        state = {name: x for name, x in vars(envs).items() if torch.is_tensor(x)}
-        (obs, alive, state), rows = some_steps(act, params, (obs, alive, state), noise, envs, args)
-        vars(envs).update(state)
-        require_finite(rows, lanes, first, args)
+        lanes, rows = some_steps(act, params, lanes, noise, envs, args)
+        require_finite(rows, of_lanes, first, args)
         blocks.append(rows)
-        if not alive.any():
+        if not lanes[1].any():
             break
 
     batch = {}
@@ -938,7 +933,7 @@ def replay(function, *inputs):
     tensors = [x for x in leaves if torch.is_tensor(x)]
     held = [x for x in leaves if not torch.is_tensor(x)]
     if any(isinstance(x, int | float) for x in held):
-        raise TypeError(f"a graph of {function} would hold a number: make it a tensor")
+        raise TypeError(f"a graph of {function} would hold a number")
     key = (function, str(form), *held, *((x.shape, x.dtype) for x in tensors))
     if key not in GRAPHS:
         GRAPHS[key] = capture(function, inputs)
@@ -1169,7 +1164,7 @@ def cores() -> int:
 
 
 def restoring(main):
-    """main, after which torch's settings are what they were; nothing in it may end as a success."""
+    """main, which leaves torch's settings as they were, and in which sys.exit(0) is an error."""
 
     @wraps(main)
     def call(args):
@@ -1180,7 +1175,7 @@ def restoring(main):
             (torch.backends.cuda.matmul, "allow_tf32"),
             (torch.backends.cudnn, "allow_tf32"),
         ]
-        before = [getattr(*holder) for holder in holders]
+        before = {holder: getattr(*holder) for holder in holders}
         try:
             return main(args)
         except SystemExit as error:
@@ -1190,8 +1185,8 @@ def restoring(main):
         finally:
             torch.use_deterministic_algorithms(deterministic)
             torch.set_num_threads(threads)
-            for (owner, name), value in zip(holders, before, strict=True):
-                setattr(owner, name, value)
+            for holder, value in before.items():
+                setattr(*holder, value)
 
     return call
 
@@ -1547,6 +1542,18 @@ def tasks_at_once(obs: torch.Tensor) -> int | None:
 
 
 # <<< shared: actions
+# >>> shared: divergence
+
+
+def divergence(old_params, new_params, discrete=False) -> torch.Tensor:
+    """KL(old || new) of the actions, nats: dist_params (..., D) of both -> (...)."""
+    old, new = (distribution(x, discrete) for x in (old_params, new_params))
+    if discrete:  # kl_divergence looks for chances of 0: no graph can
+        return (old.probs * (old.logits - new.logits)).sum(-1)
+    return kl_divergence(old, new)
+
+
+# <<< shared: divergence
 # >>> shared: advantages
 
 
@@ -1657,11 +1664,7 @@ def surrogate_and_kl(dist_params, batch, discrete: bool) -> tuple[torch.Tensor, 
     steps = batch["mask"].sum((1, 2), keepdim=True)
     weight = batch["mask"] / (steps * len(steps) * ranks()[1])
     ratio = probability_ratio(dist_params, batch, discrete)
-    old, new = (distribution(x, discrete) for x in (batch["dist_params"], dist_params))
-    if discrete:  # kl_divergence looks for probabilities of 0, which no graph can
-        kl = (old.probs * (old.logits - new.logits)).sum(-1)
-    else:
-        kl = kl_divergence(old, new)
+    kl = divergence(batch["dist_params"], dist_params, discrete)
     return -(weight * ratio * batch["advantages"]).sum(), (weight * kl).sum()
 
 

@@ -128,7 +128,6 @@ class Policy(nn.Module):
     def __init__(self, obs_size: int, action_space: gym.Space, args: Args):
         super().__init__()
         self.discrete = isinstance(action_space, gym.spaces.Discrete)
-        self.dist = partial(distribution, discrete=self.discrete)
         out_size = int(action_space.n) if self.discrete else action_space.shape[0]
         size = args.hidden_size
         self.hidden = nn.ModuleList([nn.Linear(obs_size, size), nn.Linear(size, size)])
@@ -188,7 +187,7 @@ class Encoder(nn.Module):
         self.count += count
         share = (count / self.count).clamp(min=0.05)  # or early drift sets the unit for long
         gap = mean - self.mean
-        self.variance.lerp_(std**2 + (1 - share) * gap**2, share)  # in place: graphs hold them
+        self.variance.lerp_(std**2 + (1 - share) * gap**2, share)  # in place, for graphs
         self.mean.lerp_(mean, share)
 
     def forward(self, batch) -> torch.Tensor:
@@ -256,7 +255,8 @@ def collect(params, tasks, key, policy, args, test=False, deterministic=False) -
     batch["rewards"] = batch[f"{args.test_reward if test else args.train_reward}_rewards"]
     batch["advantages"] = standardised_advantages(batch, args)
     batch["dist_params"] = policies(policy, params, batch["obs"])
-    batch["logprobs"] = policy.dist(batch["dist_params"]).log_prob(batch["actions"])
+    actor = distribution(batch["dist_params"], policy.discrete)
+    batch["logprobs"] = actor.log_prob(batch["actions"])
     return batch
 
 
@@ -303,11 +303,7 @@ def promp_loss(theta, tau, batches, agent, args) -> tuple[torch.Tensor, ...]:
     for k, inner_batch in enumerate(inner_batches):
         used = tau if k > 0 or agent.knows_the_mode else torch.zeros_like(tau)  # that collected
         theta, dist_params = inner_step(theta, used, inner_batch, agent.policy, args)
-        old, new = map(agent.policy.dist, (inner_batch["dist_params"], dist_params))
-        if agent.policy.discrete:  # kl_divergence looks for probabilities of 0, which no graph can
-            kl = (old.probs * (old.logits - new.logits)).sum(-1)
-        else:
-            kl = kl_divergence(old, new)
+        kl = divergence(inner_batch["dist_params"], dist_params, agent.policy.discrete)
         kls.append(masked_mean(kl, inner_batch["mask"]))
     kl = sum(kls) / len(kls)
     dist_params = functional_call(agent.policy, theta, (batch["obs"], tau))
@@ -342,7 +338,7 @@ def promp_steps(agent, optimizer, batches, tasks, args) -> tuple[torch.Tensor, t
 
 
 def promp_update(agent, optimizer, batches, tasks, args) -> dict[str, float]:
-    """(6) The steps of one iteration, and the step sizes of the next."""
+    """(6) An iteration's steps, and the step sizes of the next."""
     tasks = torch.as_tensor(tasks, device=device_of(args))
     means, norms = graphed(promp_steps, args)(agent, optimizer, batches, tasks, args)
     if not norms.isfinite():
@@ -442,7 +438,7 @@ def main(args: Args) -> dict[str, float]:
 
             # log, (7) meta-test, save
             run.global_step += num_steps(batches)
-            entropy = agent.policy.dist(batches[-1]["dist_params"]).entropy()
+            entropy = distribution(batches[-1]["dist_params"], agent.policy.discrete).entropy()
             metrics = losses | {
                 "losses/entropy": task_mean(masked_mean(entropy, batches[-1]["mask"], (1, 2))),
                 "charts/pre_adaptation_return": task_mean(episode_scores(batches[0])["return"]),
@@ -787,8 +783,8 @@ def step_lanes(envs, actions: torch.Tensor) -> tuple:
     """
     names = ("sparse_reward", "success")
     if envs.on_device:
-        obs, rewards, terminated, truncated, info = envs.step(actions)
-        return obs, rewards, terminated, truncated, {x: info[x] for x in names if x in info}
+        *told, info = envs.step(actions)
+        return *told, {x: info[x] for x in names if x in info}
     chosen = actions.cpu().numpy()
     if not np.isfinite(chosen).all():
         chosen = np.nan_to_num(chosen, posinf=0, neginf=0)
@@ -809,8 +805,7 @@ def draw_noise(space, shape: tuple, generator, deterministic=False) -> torch.Ten
         noise = torch.empty(*shape, int(space.n), device=generator.device)
         noise = -noise.exponential_(generator=generator).log()
     else:
-        size = (*shape, space.shape[0])
-        noise = torch.randn(size, generator=generator, device=generator.device)
+        noise = torch.randn(*shape, *space.shape, generator=generator, device=generator.device)
     return noise.zero_() if deterministic else noise
 
 
@@ -895,26 +890,22 @@ def rollout(act, params, tasks, episodes, key, args, deterministic=False) -> dic
     On a GPU T is rounded up to whole hundreds, or the horizon: graphs are of one shape.
     """
     envs = make_envs(args.env_id, len(tasks) * episodes)
-    lanes = np.repeat(tasks, episodes, axis=0)
+    of_lanes = np.repeat(tasks, episodes, axis=0)
     generator = keyed_generator(args, *key)
-    obs = reset_lanes(envs, lanes, generator)
-    require_finite({"next_obs": obs.unsqueeze(1)}, lanes, -1, args)
-    alive = torch.ones(len(lanes), dtype=torch.bool, device=obs.device)
-    if envs.on_device:
-        some_steps = graphed(play_steps, args)
-    else:
-        some_steps = play_steps
-        act = graphed(act, args)
+    obs = reset_lanes(envs, of_lanes, generator)
+    require_finite({"next_obs": obs.unsqueeze(1)}, of_lanes, -1, args)
+    alive = torch.ones(len(of_lanes), dtype=torch.bool, device=obs.device)
+    lanes = obs, alive, {name: x for name, x in vars(envs).items() if torch.is_tensor(x)}
+    some_steps = graphed(play_steps, args) if envs.on_device else play_steps
+    act = act if envs.on_device else graphed(act, args)
     blocks = []
     for first in range(0, args.horizon, 100):
         shape = (len(tasks), episodes, min(100, args.horizon - first))
         noise = draw_noise(envs.single_action_space, shape, generator, deterministic)
-        state = {name: x for name, x in vars(envs).items() if torch.is_tensor(x)}
-        (obs, alive, state), rows = some_steps(act, params, (obs, alive, state), noise, envs, args)
-        vars(envs).update(state)
-        require_finite(rows, lanes, first, args)
+        lanes, rows = some_steps(act, params, lanes, noise, envs, args)
+        require_finite(rows, of_lanes, first, args)
         blocks.append(rows)
-        if not alive.any():
+        if not lanes[1].any():
             break
 
     batch = {}
@@ -965,7 +956,7 @@ def replay(function, *inputs):
     tensors = [x for x in leaves if torch.is_tensor(x)]
     held = [x for x in leaves if not torch.is_tensor(x)]
     if any(isinstance(x, int | float) for x in held):
-        raise TypeError(f"a graph of {function} would hold a number: make it a tensor")
+        raise TypeError(f"a graph of {function} would hold a number")
     key = (function, str(form), *held, *((x.shape, x.dtype) for x in tensors))
     if key not in GRAPHS:
         GRAPHS[key] = capture(function, inputs)
@@ -1196,7 +1187,7 @@ def cores() -> int:
 
 
 def restoring(main):
-    """main, after which torch's settings are what they were; nothing in it may end as a success."""
+    """main, which leaves torch's settings as they were, and in which sys.exit(0) is an error."""
 
     @wraps(main)
     def call(args):
@@ -1207,7 +1198,7 @@ def restoring(main):
             (torch.backends.cuda.matmul, "allow_tf32"),
             (torch.backends.cudnn, "allow_tf32"),
         ]
-        before = [getattr(*holder) for holder in holders]
+        before = {holder: getattr(*holder) for holder in holders}
         try:
             return main(args)
         except SystemExit as error:
@@ -1217,8 +1208,8 @@ def restoring(main):
         finally:
             torch.use_deterministic_algorithms(deterministic)
             torch.set_num_threads(threads)
-            for (owner, name), value in zip(holders, before, strict=True):
-                setattr(owner, name, value)
+            for holder, value in before.items():
+                setattr(*holder, value)
 
     return call
 
@@ -1592,6 +1583,18 @@ def tasks_at_once(obs: torch.Tensor) -> int | None:
 
 
 # <<< shared: actions
+# >>> shared: divergence
+
+
+def divergence(old_params, new_params, discrete=False) -> torch.Tensor:
+    """KL(old || new) of the actions, nats: dist_params (..., D) of both -> (...)."""
+    old, new = (distribution(x, discrete) for x in (old_params, new_params))
+    if discrete:  # kl_divergence looks for chances of 0: no graph can
+        return (old.probs * (old.logits - new.logits)).sum(-1)
+    return kl_divergence(old, new)
+
+
+# <<< shared: divergence
 # >>> shared: advantages
 
 

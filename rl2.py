@@ -295,15 +295,14 @@ def collect(agent, tasks, key, args, test=False, deterministic=False) -> tuple[d
         obs = reset_lanes(envs, tasks, generator)
         require_finite({"next_obs": obs.unsqueeze(1)}, tasks, -1, args)
         alive = torch.ones(n, dtype=torch.bool, device=obs.device)
+        tasks_state = {name: x for name, x in vars(envs).items() if torch.is_tensor(x)}
         for first in range(0, args.horizon, 100):
             t = torch.arange(first, min(first + 100, args.horizon), device=obs.device)
             noise = draw_noise(envs.single_action_space, (n, len(t)), generator, deterministic)
             ends = (t + 1 == args.horizon) | getattr(envs, "ends_every_step", False)
-            tasks_state = {name: x for name, x in vars(envs).items() if torch.is_tensor(x)}
             lanes = state, feedback, obs, alive, tasks_state
             lanes, rows = some_steps(agent, lanes, noise, ends.to(obs), envs, reward, args)
             state, feedback, obs, alive, tasks_state = lanes
-            vars(envs).update(tasks_state)
             require_finite(rows, tasks, first, args)
             scores["return"][:, episode] += rows["rewards"].sum(1)
             if "success" in rows:
@@ -811,8 +810,8 @@ def step_lanes(envs, actions: torch.Tensor) -> tuple:
     """
     names = ("sparse_reward", "success")
     if envs.on_device:
-        obs, rewards, terminated, truncated, info = envs.step(actions)
-        return obs, rewards, terminated, truncated, {x: info[x] for x in names if x in info}
+        *told, info = envs.step(actions)
+        return *told, {x: info[x] for x in names if x in info}
     chosen = actions.cpu().numpy()
     if not np.isfinite(chosen).all():
         chosen = np.nan_to_num(chosen, posinf=0, neginf=0)
@@ -833,8 +832,7 @@ def draw_noise(space, shape: tuple, generator, deterministic=False) -> torch.Ten
         noise = torch.empty(*shape, int(space.n), device=generator.device)
         noise = -noise.exponential_(generator=generator).log()
     else:
-        size = (*shape, space.shape[0])
-        noise = torch.randn(size, generator=generator, device=generator.device)
+        noise = torch.randn(*shape, *space.shape, generator=generator, device=generator.device)
     return noise.zero_() if deterministic else noise
 
 
@@ -896,7 +894,7 @@ def replay(function, *inputs):
     tensors = [x for x in leaves if torch.is_tensor(x)]
     held = [x for x in leaves if not torch.is_tensor(x)]
     if any(isinstance(x, int | float) for x in held):
-        raise TypeError(f"a graph of {function} would hold a number: make it a tensor")
+        raise TypeError(f"a graph of {function} would hold a number")
     key = (function, str(form), *held, *((x.shape, x.dtype) for x in tensors))
     if key not in GRAPHS:
         GRAPHS[key] = capture(function, inputs)
@@ -1127,7 +1125,7 @@ def cores() -> int:
 
 
 def restoring(main):
-    """main, after which torch's settings are what they were; nothing in it may end as a success."""
+    """main, which leaves torch's settings as they were, and in which sys.exit(0) is an error."""
 
     @wraps(main)
     def call(args):
@@ -1138,7 +1136,7 @@ def restoring(main):
             (torch.backends.cuda.matmul, "allow_tf32"),
             (torch.backends.cudnn, "allow_tf32"),
         ]
-        before = [getattr(*holder) for holder in holders]
+        before = {holder: getattr(*holder) for holder in holders}
         try:
             return main(args)
         except SystemExit as error:
@@ -1148,8 +1146,8 @@ def restoring(main):
         finally:
             torch.use_deterministic_algorithms(deterministic)
             torch.set_num_threads(threads)
-            for (owner, name), value in zip(holders, before, strict=True):
-                setattr(owner, name, value)
+            for holder, value in before.items():
+                setattr(*holder, value)
 
     return call
 
