@@ -191,7 +191,7 @@ class Encoder(nn.Module):
         self.mean.lerp_(mean, share)
 
     def forward(self, batch) -> torch.Tensor:
-        std = self.variance.sqrt()  # but what hardly varies keeps its unit
+        std = self.variance.sqrt()  # what hardly varies keeps its unit
         inputs = (self.inputs(batch) - self.mean) / torch.where(std > 1e-3, std, 1)
         states, _ = self.gru(inputs.clamp(-10, 10).flatten(0, 1))  # (N E, T, Z)
         mask = batch["mask"].flatten(0, 1)
