@@ -1429,10 +1429,18 @@ def report(scores: dict, tasks: np.ndarray, args, episodes: dict | None = None) 
 # >>> shared: actions
 
 
-def distribution(dist_params: torch.Tensor, discrete=False) -> Categorical | Independent:
+class Choice(Categorical):
+    """Categorical, without gather, whose gradient is slow on a GPU if it is to be deterministic."""
+
+    def log_prob(self, value):
+        choices = torch.arange(self.logits.shape[-1], device=value.device)
+        return torch.where(value.unsqueeze(-1) == choices, self.logits, 0).sum(-1)
+
+
+def distribution(dist_params: torch.Tensor, discrete=False) -> Choice | Independent:
     """Of mean and log std (..., 2A), or of logits (..., n); log_prob and KL are sums over A."""
     if discrete:
-        return Categorical(logits=dist_params, validate_args=False)
+        return Choice(logits=dist_params, validate_args=False)
     mean, log_std = dist_params.chunk(2, -1)
     return Independent(Normal(mean, log_std.exp(), validate_args=False), 1)
 

@@ -229,43 +229,59 @@ class Agent(nn.Module):
 # ---------------------------------------------------------------------------------- the algorithm
 
 
+def act(agent, memory, obs, noise) -> tuple[dict, torch.Tensor]:
+    """A step of the policy in all lanes, and the network's state after it.
+
+    memory: the state before (1, N, H), and feedback of the last step (N, F); noise (N, A).
+    """
+    state, feedback = memory
+    obs_in_units = ((obs - agent.obs_mean) / agent.obs_std).clamp(-10, 10)
+    inputs = torch.cat([obs_in_units, feedback], -1)
+    dist_params, values, state = agent(inputs.unsqueeze(1), state)
+    actions = draw_actions(dist_params[:, 0], noise, agent.discrete)
+    logprobs = distribution(dist_params[:, 0], agent.discrete).log_prob(actions)
+    step = {"obs": obs, "inputs": inputs, "actions": actions}
+    return step | {"logprobs": logprobs, "values": values[:, 0]}, state
+
+
+def remember(agent, memory, state, step, alive, episode_over) -> tuple:
+    """memory before the next step, across the end of an episode too.
+
+    A lane whose episode is over waits for the others with what it had.
+    """
+    feedback = agent.feedback(step["inputs"], step["actions"], step["rewards"], episode_over)
+    alive = alive.unsqueeze(1)
+    return torch.where(alive, state, memory[0]), torch.where(alive, feedback, memory[1])
+
+
 @torch.no_grad()
 def play_episode(agent, lanes, noise, ends, envs, reward, args) -> tuple[tuple, dict]:
     """Steps of an episode in all lanes, one for each of noise (N, T, A), or until none lives.
 
-    lanes: the network's state (1, N, H), feedback (N, F), obs (N, O), alive (N,), and the tensors
-    in which a family on the device keeps its state; ends (T,): 1 where the agent is told that the
-    episode is over; reward: rewards or sparse_reward. Returns lanes after the steps, and the steps.
+    lanes: memory (see act), obs (N, O), alive (N,), and the tensors in which a family on the device
+    keeps its state; ends (T,): 1 where the agent is told that the episode is over; reward: rewards
+    or sparse_reward. Returns lanes after the steps, and the steps.
     """
-    state, feedback, obs, alive, tasks_state = lanes
+    memory, obs, alive, tasks_state = lanes
     vars(envs).update(tasks_state)
-    can_be_captured = obs.is_cuda and envs.on_device
+    on_device = obs.is_cuda and envs.on_device  # all of this is a graph; else two of each step are
+    choose, tell = (act, remember) if on_device else (graphed(f, args) for f in (act, remember))
     steps = []
     for t in range(noise.shape[1]):
-        scaled_obs = ((obs - agent.obs_mean) / agent.obs_std).clamp(-10, 10)
-        inputs = torch.cat([scaled_obs, feedback], -1)
-        dist_params, values, new_state = agent(inputs.unsqueeze(1), state)
-        actions = draw_actions(dist_params[:, 0], noise[:, t], agent.discrete)
-        logprobs = distribution(dist_params[:, 0], agent.discrete).log_prob(actions)
-        next_obs, rewards, terminated, truncated, info = step_lanes(envs, actions)
+        step, state = choose(agent, memory, obs, noise[:, t])
+        next_obs, rewards, terminated, truncated, info = step_lanes(envs, step["actions"])
         rewards = {"rewards": rewards, **info}.get(reward, torch.zeros_like(rewards))
-        step = {"actions": actions, "values": values[:, 0], "next_obs": next_obs, **info}
-        step |= {"rewards": rewards, "obs": obs, "inputs": inputs, "logprobs": logprobs}
-        step |= {"mask": alive}
+        step |= {"rewards": rewards, "next_obs": next_obs, "mask": alive, **info}
         steps.append(step)
-
-        # The next input tells what this step brought, also across the end of an episode. A lane
-        # whose episode is over waits for the others, its state and feedback unchanged.
         over = terminated | truncated
-        new_feedback = agent.feedback(inputs, actions, rewards, torch.where(over, 1, ends[t]))
-        state = torch.where(alive.unsqueeze(1), new_state, state)
-        feedback = torch.where(alive.unsqueeze(1), new_feedback, feedback)
+        told = {name: step[name] for name in ("inputs", "actions", "rewards")}
+        memory = tell(agent, memory, state, told, alive, torch.where(over, 1, ends[t]))
         obs = next_obs
         alive = alive & ~over
-        if not can_be_captured and not alive.any():
+        if not on_device and not alive.any():
             break
     length = noise.shape[1] if obs.is_cuda else 0  # graphs are of one shape
-    lanes = state, feedback, obs, alive, {name: vars(envs)[name] for name in tasks_state}
+    lanes = memory, obs, alive, {name: vars(envs)[name] for name in tasks_state}
     return lanes, stack_steps(steps, length)
 
 
@@ -287,7 +303,7 @@ def collect(agent, tasks, key, args, test=False, deterministic=False) -> tuple[d
     reward = "sparse_reward" if sparse else "rewards"
     generator = keyed_generator(args, *key)
     state = agent.initial_state(n)
-    feedback = state.new_zeros(n, agent.feedback_size)
+    memory = state, state.new_zeros(n, agent.feedback_size)
     some_steps = graphed(play_episode, args) if envs.on_device else play_episode
     blocks = []
     scores = {"return": state.new_zeros(n, episodes)}
@@ -300,9 +316,9 @@ def collect(agent, tasks, key, args, test=False, deterministic=False) -> tuple[d
             t = torch.arange(first, min(first + 100, args.horizon), device=obs.device)
             noise = draw_noise(envs.single_action_space, (n, len(t)), generator, deterministic)
             ends = (t + 1 == args.horizon) | getattr(envs, "ends_every_step", False)
-            lanes = state, feedback, obs, alive, tasks_state
+            lanes = memory, obs, alive, tasks_state
             lanes, rows = some_steps(agent, lanes, noise, ends.to(obs), envs, reward, args)
-            state, feedback, obs, alive, tasks_state = lanes
+            memory, obs, alive, tasks_state = lanes
             require_finite(rows, tasks, first, args)
             scores["return"][:, episode] += rows["rewards"].sum(1)
             if "success" in rows:
@@ -342,7 +358,8 @@ def ppo_loss(agent, batch, count, ent_coef, args) -> tuple[torch.Tensor, dict]:
         "approx_kl": ratio - 1 - logratio,  # Schulman's estimate
         "clipfrac": ((ratio - 1).abs() > args.clip_coef).to(ratio.dtype),
     }
-    parts = {name: (term * batch["mask"]).sum() / count for name, term in terms.items()}
+    sums = (torch.stack([*terms.values()]) * batch["mask"]).sum((1, 2)) / count
+    parts = dict(zip(terms, sums, strict=True))
     loss = parts["pg_loss"] + args.vf_coef * parts["value_loss"] - ent_coef * parts["entropy"]
     return loss, {f"losses/{name}": part.detach() for name, part in parts.items()}
 
@@ -355,8 +372,9 @@ def ppo_steps(agent, optimizer, batch, orders, ent_coef, args) -> tuple[dict, to
     logged = []
     norms = 0
     for order in orders:
-        for trials in order.tensor_split(args.num_minibatches):
-            minibatch = {name: x[trials] for name, x in batch.items()}
+        dealt = {name: x[order].tensor_split(args.num_minibatches) for name, x in batch.items()}
+        for k in range(args.num_minibatches):
+            minibatch = {name: x[k] for name, x in dealt.items()}
             count = all_reduce(minibatch["mask"].sum())
             loss, parts = ppo_loss(agent, minibatch, count, ent_coef, args)
             optimizer.zero_grad()
@@ -366,7 +384,8 @@ def ppo_steps(agent, optimizer, batch, orders, ent_coef, args) -> tuple[dict, to
             norms += nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             logged.append(parts)
-    means = {name: all_reduce(sum(x[name] for x in logged)) / len(logged) for name in parts}
+    stacked = {name: torch.stack([x[name] for x in logged]) for name in parts}
+    means = {name: all_reduce(x.mean()) for name, x in stacked.items()}
     return means, norms
 
 
@@ -380,6 +399,8 @@ def update(agent, optimizer, batch, key, left, args) -> dict[str, float]:
     ]
     optimizer.param_groups[0]["lr"].fill_(left * args.learning_rate)
     ent_coef = torch.full((), left * args.ent_coef, device=device)
+    used = ("inputs", "actions", "logprobs", "advantages", "returns", "mask")
+    batch = {name: batch[name] for name in used}
     steps = graphed(ppo_steps, args)
     means, norms = steps(agent, optimizer, batch, torch.stack(orders), ent_coef, args)
     if not norms.isfinite():
@@ -1493,10 +1514,18 @@ def adam(parameters, lr: float, args, saved: dict | None = None, eps=1e-8) -> to
 # >>> shared: actions
 
 
-def distribution(dist_params: torch.Tensor, discrete=False) -> Categorical | Independent:
+class Choice(Categorical):
+    """Categorical, without gather, whose gradient is slow on a GPU if it is to be deterministic."""
+
+    def log_prob(self, value):
+        choices = torch.arange(self.logits.shape[-1], device=value.device)
+        return torch.where(value.unsqueeze(-1) == choices, self.logits, 0).sum(-1)
+
+
+def distribution(dist_params: torch.Tensor, discrete=False) -> Choice | Independent:
     """Of mean and log std (..., 2A), or of logits (..., n); log_prob and KL are sums over A."""
     if discrete:
-        return Categorical(logits=dist_params, validate_args=False)
+        return Choice(logits=dist_params, validate_args=False)
     mean, log_std = dist_params.chunk(2, -1)
     return Independent(Normal(mean, log_std.exp(), validate_args=False), 1)
 

@@ -167,6 +167,7 @@ def test_graphs_change_nothing(device, script, train):
         ("rl2", {"env_id": "Bandit5Arms10-v0"}),
         ("rl2", {"env_id": "TabularMDP-v0", "embedding_size": 8}),
         ("rl2", {"separate_value": True, "anneal": True}),
+        ("rl2", {"env_id": "user_tasks:Matrix-v0"}),
         ("maml_trpo", {"env_id": "Navigation2D-v0", "horizon": 120}),
         ("maml_trpo", {"env_id": "SparsePointRobot-v0", "inner_loss": "lvc-std"}),
         ("maml_trpo", {"learn_inner_lr": True, "num_inner_steps": 2, "first_order": True}),

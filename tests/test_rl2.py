@@ -451,11 +451,11 @@ def learn(agent, batch, optimizer=torch.optim.SGD, **flags):
 
 def test_every_trial_once_an_epoch(monkeypatch):
     agent, batch, _ = prepared("user_tasks:Matrix-v0", n=10)
-    batch["index"] = torch.arange(10)[:, None].expand_as(batch["mask"])
+    batch["inputs"][:, :, 0] = torch.arange(10)[:, None]
     met = []
 
     def spy(agent, minibatch, count, *rest):
-        met.append(minibatch["index"][:, 0].tolist())
+        met.append(minibatch["inputs"][:, 0, 0].tolist())
         assert count == minibatch["mask"].sum()
         return ppo_loss(agent, minibatch, count, *rest)
 
