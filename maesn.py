@@ -157,12 +157,23 @@ class Policy(nn.Module):
         for layer in self.net[::2]:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
+        self.net[-1].weight.data *= 0.1  # small actions at first
         if not self.discrete:
             self.log_std = nn.Parameter(torch.full((out_size,), math.log(args.init_std)))
+        # units, which main measures; until then observations are 0 to the net
+        self.register_buffer("obs_mean", torch.zeros(obs_size))
+        self.register_buffer("obs_std", torch.full((obs_size,), torch.inf))
+
+    def measure(self, batch):
+        """The batch's means and standard deviations become the units of observations."""
+        mean, std = spread(batch["obs"], batch["mask"])
+        self.obs_mean.copy_(mean)
+        self.obs_std.copy_(std)
 
     def forward(self, obs: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         if self.normalise_latent:
             z = math.sqrt(z.shape[-1]) * z / (z.norm(dim=-1, keepdim=True) + 1e-8)
+        obs = ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10)
         out = self.net(torch.cat([obs, z.expand(*obs.shape[:-1], -1)], -1))
         if self.discrete:
             return out
@@ -380,6 +391,9 @@ def main(args: Args) -> dict[str, float]:
     meta["log_sigma"] = torch.zeros(args.num_train_tasks, args.latent_dim)
     meta |= {f"log_lr.{name}": alpha.log() for name, alpha in step_sizes.items()}
     meta = restore({name: p.to(device) for name, p in meta.items()}, checkpoint.get("meta"))
+    units = restore(dict(policy.named_buffers()), checkpoint.get("units"))
+    policy.load_state_dict(policy.state_dict() | units)
+    policy.to(device)
     num_inner_steps = args.num_inner_steps if step_sizes else 0  # else nothing adapts
 
     if args.evaluate:
@@ -404,12 +418,17 @@ def main(args: Args) -> dict[str, float]:
                     phi = adapt(phi, theta, batches[k], step_sizes, policy)
             run.lap("collect")
 
-            # (6)-(8) meta-update
-            vector = parameters_to_vector(meta.values())
-            data = {"meta": meta, "rows": rows, "batches": batches}
-            vector, losses = meta_update(vector, data, adapted_policies, policy, args, weighted_kl)
-            losses["losses/latent_kl"] = task_mean(latent_kl(vector, data))
-            meta = unflatten(vector, meta)
+            losses = {}
+            if run.iteration == 1:  # its episodes are for the units alone
+                policy.measure(batches[0])
+            else:
+                # (6)-(8) meta-update
+                vector = parameters_to_vector(meta.values())
+                data = {"meta": meta, "rows": rows, "batches": batches}
+                extra = policy, args, weighted_kl
+                vector, losses = meta_update(vector, data, adapted_policies, *extra)
+                losses["losses/latent_kl"] = task_mean(latent_kl(vector, data))
+                meta = unflatten(vector, meta)
             run.lap("update")
 
             # log, (9) meta-test, save
@@ -428,7 +447,7 @@ def main(args: Args) -> dict[str, float]:
                 run.lap("eval")
             run.log(metrics)
             if run.saving():
-                run.save(meta=meta)
+                run.save(meta=meta, units=dict(policy.named_buffers()))
     if run.complete:
         report(scores, test_tasks, args, episodes)
     return run.metrics
@@ -977,7 +996,7 @@ def capture(function, inputs) -> tuple:
 # <<< shared: graphs
 # >>> shared: run
 
-FORMAT = 3  # of checkpoints; commit e70b381 reads 2, and 2d14005 those without a number
+FORMAT = 4  # of checkpoints; commit 3629d7c reads 3, e70b381 2, 2d14005 those without a number
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "cudagraphs", "tf32", "num_threads"}
 MAY_CHANGE |= {"eval_every", "checkpoint_every", "track"}
 
@@ -1747,6 +1766,27 @@ def meta_update(vector, data, dist_of, policy, args, penalty=None) -> tuple[torc
 
 
 # <<< shared: trpo
+
+# >>> shared: moments
+
+
+def moments(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (...) of x (*mask.shape, ...) where mask is 1, over all ranks."""
+    dims = tuple(range(mask.ndim))
+    weight = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+    count = all_reduce(mask.sum())
+    mean = all_reduce((x * weight).sum(dims)) / count
+    variance = all_reduce(((x - mean) ** 2 * weight).sum(dims)) / count
+    return mean, variance.sqrt()
+
+
+def spread(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """moments, but a standard deviation of 1 for what varies by no more than rounding."""
+    mean, std = moments(x, mask)
+    return mean, torch.where(std > 1e-5 * mean.abs(), std, 1)
+
+
+# <<< shared: moments
 
 main = restoring(main)
 

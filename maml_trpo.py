@@ -141,11 +141,21 @@ class Policy(nn.Module):
         for layer in self.net[::2]:
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
+        self.net[-1].weight.data *= 0.1  # small actions at first
         if not self.discrete:
             self.log_std = nn.Parameter(torch.full((out_size,), math.log(args.init_std)))
+        # units, which main measures; until then observations are 0 to the net
+        self.register_buffer("obs_mean", torch.zeros(obs_size))
+        self.register_buffer("obs_std", torch.full((obs_size,), torch.inf))
+
+    def measure(self, batch):
+        """The batch's means and standard deviations become the units of observations."""
+        mean, std = spread(batch["obs"], batch["mask"])
+        self.obs_mean.copy_(mean)
+        self.obs_std.copy_(std)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        out = self.net(obs)
+        out = self.net(((obs - self.obs_mean) / self.obs_std).clamp(-10, 10))
         if self.discrete:
             return out
         log_std = self.log_std.clamp(min=math.log(1e-6))  # the original's floor
@@ -299,6 +309,9 @@ def main(args: Args) -> dict[str, float]:
         log_lr = math.log(args.inner_lr)
         meta |= {f"log_lr.{name}": torch.full_like(p, log_lr) for name, p in meta.items()}
     meta = restore(meta, checkpoint.get("meta"))
+    units = restore(dict(policy.named_buffers()), checkpoint.get("units"))
+    policy.load_state_dict(policy.state_dict() | units)
+    policy.to(device)
 
     if args.evaluate:
         scores, episodes = evaluate(meta, test_tasks, policy, args)
@@ -320,11 +333,15 @@ def main(args: Args) -> dict[str, float]:
                     params = adapt(params, batches[k], step_sizes, policy, args)
             run.lap("collect")
 
-            # (6)-(8) meta-update
-            vector = parameters_to_vector(meta.values())
-            data = {"meta": meta, "batches": batches}
-            vector, losses = meta_update(vector, data, adapted_policies, policy, args)
-            meta = unflatten(vector, meta)
+            losses = {}
+            if run.iteration == 1:  # its episodes are for the units alone
+                policy.measure(batches[0])
+            else:
+                # (6)-(8) meta-update
+                vector = parameters_to_vector(meta.values())
+                data = {"meta": meta, "batches": batches}
+                vector, losses = meta_update(vector, data, adapted_policies, policy, args)
+                meta = unflatten(vector, meta)
             run.lap("update")
 
             # log, (9) meta-test, save
@@ -343,7 +360,7 @@ def main(args: Args) -> dict[str, float]:
                 run.lap("eval")
             run.log(metrics)
             if run.saving():
-                run.save(meta=meta)
+                run.save(meta=meta, units=dict(policy.named_buffers()))
     if run.complete:
         report(scores, test_tasks, args, episodes)
     return run.metrics
@@ -892,7 +909,7 @@ def capture(function, inputs) -> tuple:
 # <<< shared: graphs
 # >>> shared: run
 
-FORMAT = 3  # of checkpoints; commit e70b381 reads 2, and 2d14005 those without a number
+FORMAT = 4  # of checkpoints; commit 3629d7c reads 3, e70b381 2, 2d14005 those without a number
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "cudagraphs", "tf32", "num_threads"}
 MAY_CHANGE |= {"eval_every", "checkpoint_every", "track"}
 
@@ -1662,6 +1679,27 @@ def meta_update(vector, data, dist_of, policy, args, penalty=None) -> tuple[torc
 
 
 # <<< shared: trpo
+
+# >>> shared: moments
+
+
+def moments(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (...) of x (*mask.shape, ...) where mask is 1, over all ranks."""
+    dims = tuple(range(mask.ndim))
+    weight = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+    count = all_reduce(mask.sum())
+    mean = all_reduce((x * weight).sum(dims)) / count
+    variance = all_reduce(((x - mean) ** 2 * weight).sum(dims)) / count
+    return mean, variance.sqrt()
+
+
+def spread(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """moments, but a standard deviation of 1 for what varies by no more than rounding."""
+    mean, std = moments(x, mask)
+    return mean, torch.where(std > 1e-5 * mean.abs(), std, 1)
+
+
+# <<< shared: moments
 
 main = restoring(main)
 

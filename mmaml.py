@@ -138,9 +138,18 @@ class Policy(nn.Module):
         if not self.discrete:
             self.log_std = nn.Parameter(torch.full((out_size,), math.log(args.init_std)))
         self.action_scale = args.action_scale
+        # units, which main measures; until then observations are 0 to the net
+        self.register_buffer("obs_mean", torch.zeros(obs_size))
+        self.register_buffer("obs_std", torch.full((obs_size,), torch.inf))
+
+    def measure(self, batch):
+        """The batch's means and standard deviations become the units of observations."""
+        mean, std = spread(batch["obs"], batch["mask"])
+        self.obs_mean.copy_(mean)
+        self.obs_std.copy_(std)
 
     def forward(self, obs: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-        x = obs
+        x = ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10)
         for layer, (scale, shift) in zip(self.hidden, tau, strict=True):  # γ and β; 0: unmodulated
             x = torch.tanh(layer(x) * (1 + scale) + shift)
         if self.discrete:
@@ -432,8 +441,12 @@ def main(args: Args) -> dict[str, float]:
             batches, _, _ = adapt(agent, tasks, keys, args)
             run.lap("collect")
 
-            # (6) meta-update
-            losses = promp_update(agent, optimizer, batches, tasks, args)
+            losses = {}
+            if run.iteration == 1:  # its episodes are for the units alone
+                agent.policy.measure(batches[0])
+            else:
+                # (6) meta-update
+                losses = promp_update(agent, optimizer, batches, tasks, args)
             run.lap("update")
 
             # log, (7) meta-test, save
@@ -1000,7 +1013,7 @@ def capture(function, inputs) -> tuple:
 # <<< shared: graphs
 # >>> shared: run
 
-FORMAT = 3  # of checkpoints; commit e70b381 reads 2, and 2d14005 those without a number
+FORMAT = 4  # of checkpoints; commit 3629d7c reads 3, e70b381 2, 2d14005 those without a number
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "cudagraphs", "tf32", "num_threads"}
 MAY_CHANGE |= {"eval_every", "checkpoint_every", "track"}
 
@@ -1642,6 +1655,12 @@ def moments(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     mean = all_reduce((x * weight).sum(dims)) / count
     variance = all_reduce(((x - mean) ** 2 * weight).sum(dims)) / count
     return mean, variance.sqrt()
+
+
+def spread(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """moments, but a standard deviation of 1 for what varies by no more than rounding."""
+    mean, std = moments(x, mask)
+    return mean, torch.where(std > 1e-5 * mean.abs(), std, 1)
 
 
 # <<< shared: moments

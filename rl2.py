@@ -195,7 +195,7 @@ class Agent(nn.Module):
         """The batch's means and standard deviations become the units."""
         measured = {"obs": batch["obs"], "reward": batch["rewards"], "value": returns}
         for name, x in measured.items():
-            mean, std = units(x, batch["mask"])
+            mean, std = spread(x, batch["mask"])
             getattr(self, f"{name}_mean").copy_(mean)
             getattr(self, f"{name}_std").copy_(std)
 
@@ -305,10 +305,11 @@ def collect(agent, tasks, key, args, test=False, deterministic=False) -> tuple[d
     state = agent.initial_state(n)
     memory = state, state.new_zeros(n, agent.feedback_size)
     some_steps = graphed(play_episode, args) if envs.on_device else play_episode
+    placed = torch.as_tensor(tasks, dtype=state.dtype, device=state.device)
     blocks = []
     scores = {"return": state.new_zeros(n, episodes)}
     for episode in range(episodes):
-        obs = reset_lanes(envs, tasks, generator)
+        obs = reset_lanes(envs, placed if envs.on_device else tasks, generator)
         require_finite({"next_obs": obs.unsqueeze(1)}, tasks, -1, args)
         alive = torch.ones(n, dtype=torch.bool, device=obs.device)
         tasks_state = {name: x for name, x in vars(envs).items() if torch.is_tensor(x)}
@@ -336,12 +337,6 @@ def collect(agent, tasks, key, args, test=False, deterministic=False) -> tuple[d
         order = order[:, : int(batch["mask"].sum(1).max())]
     batch = {name: x[torch.arange(n, device=x.device)[:, None], order] for name, x in batch.items()}
     return batch, scores
-
-
-def units(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """moments, but a standard deviation of 1 for what varies by no more than rounding."""
-    mean, std = moments(x, mask)
-    return mean, torch.where(std > 1e-5 * mean.abs(), std, 1)
 
 
 def ppo_loss(agent, batch, count, ent_coef, args) -> tuple[torch.Tensor, dict]:
@@ -476,7 +471,7 @@ def main(args: Args) -> dict[str, float]:
                 advantages = gae(rewards, values, batch["mask"], args.gamma, args.gae_lambda)
                 mean, std = 0, agent.value_std
                 if args.normalize_advantage:
-                    mean, std = units(advantages, batch["mask"])
+                    mean, std = spread(advantages, batch["mask"])
                 batch["advantages"] = (advantages - mean) / std
                 batch["returns"] = advantages + values
 
@@ -959,7 +954,7 @@ def capture(function, inputs) -> tuple:
 # <<< shared: graphs
 # >>> shared: run
 
-FORMAT = 3  # of checkpoints; commit e70b381 reads 2, and 2d14005 those without a number
+FORMAT = 4  # of checkpoints; commit 3629d7c reads 3, e70b381 2, 2d14005 those without a number
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "cudagraphs", "tf32", "num_threads"}
 MAY_CHANGE |= {"eval_every", "checkpoint_every", "track"}
 
@@ -1591,6 +1586,12 @@ def moments(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return mean, variance.sqrt()
 
 
+def spread(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """moments, but a standard deviation of 1 for what varies by no more than rounding."""
+    mean, std = moments(x, mask)
+    return mean, torch.where(std > 1e-5 * mean.abs(), std, 1)
+
+
 # <<< shared: moments
 # ==================================================================================================
 # The task families of the RL² paper, which only this script has.
@@ -1649,10 +1650,11 @@ class TabularMDPEnvs(gym.vector.VectorEnv):
         self.single_action_space = gym.spaces.Discrete(5)
 
     def sample_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        mean = rng.normal(1, 1, (n, 50))
+        tasks = np.empty((n, 550))
+        tasks[:, :50] = rng.normal(1, 1, (n, 50))
         weights = rng.exponential(size=(n, 50, 10))
-        transitions = weights / weights.sum(-1, keepdims=True)
-        return np.hstack([mean, transitions.reshape(n, 500)])
+        np.divide(weights, weights.sum(-1, keepdims=True), out=tasks[:, 50:].reshape(n, 50, 10))
+        return tasks
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         self.mean = options["task"][:, :50]

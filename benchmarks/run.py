@@ -60,10 +60,16 @@ def run(name: str, label: str, seed: int, command: list[str]) -> str:
     if process.returncode or last[0].startswith("stopped"):
         return f"{label}_{seed}: not finished ({last[0] if last else ''})"
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+    if "--cuda" in flags:
+        card = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        machine = (
+            f"{subprocess.run(card, capture_output=True, text=True).stdout.strip()}, {machine}"
+        )
     about = {
         "command": f"python {shlex.join([*command, '--seed', str(seed)])}",
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+        "machine": machine,
         "seconds": f"{seconds:.0f}",
     }
     to_csv(str(next(folder.glob("runs/*"))), str(result), about)

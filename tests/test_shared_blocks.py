@@ -21,7 +21,7 @@ MANIFEST = {
     "rollout": ["gmps.py", "maesn.py", "maml_trpo.py", "mmaml.py", "pearl.py"],
     "actions": ["gmps.py", "maesn.py", "maml_trpo.py", "mmaml.py", "rl2.py"],
     "advantages": ["gmps.py", "maesn.py", "maml_trpo.py", "mmaml.py", "rl2.py"],
-    "moments": ["gmps.py", "mmaml.py", "pearl.py", "rl2.py"],
+    "moments": ALL,
     "divergence": ["maesn.py", "maml_trpo.py", "mmaml.py"],
     "adam": ["gmps.py", "mmaml.py", "pearl.py", "rl2.py"],
     "baseline": ["gmps.py", "maesn.py", "maml_trpo.py", "mmaml.py"],
