@@ -18,6 +18,12 @@ def double_precision():
     torch.use_deterministic_algorithms(False)
 
 
+def in_units(agent):
+    """A new policy, or an agent with one, to which observations are of mean 0 and deviation 1 as they are."""
+    getattr(agent, "policy", agent).obs_std.fill_(1)
+    return agent
+
+
 # ------------------------------------------------------------------------------------------ batches
 
 

@@ -32,7 +32,15 @@ class DrawOnHost(TorchFunctionMode):
         return function(*args, **kwargs).to(device)
 
 
-def test_an_iteration_from_the_same_draws_is_that_of_the_cpu(script, train, monkeypatch):
+@pytest.fixture
+def doubles():
+    """Double precision: ten steps of conjugate gradients make single rounding visible."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_an_iteration_from_the_same_draws_is_that_of_the_cpu(script, train, monkeypatch, doubles):
     steps = {"total_timesteps": max(320, LEAST[script.__name__])}
     cpu, _ = train(script, **steps)
     generator = HostGenerator()
@@ -43,7 +51,7 @@ def test_an_iteration_from_the_same_draws_is_that_of_the_cpu(script, train, monk
     assert expected.keys() == numbers.keys()
     for tag, values in expected.items():
         if not tag.startswith("time/") and tag != "charts/SPS":
-            assert numbers[tag] == pytest.approx(values, rel=1e-3, abs=1e-3), tag
+            assert numbers[tag] == pytest.approx(values, rel=1e-3, abs=1e-4), tag
 
 
 def test_a_run_resumed_by_a_new_process_equals_the_uninterrupted_one(script, tmp_path):

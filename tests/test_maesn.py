@@ -19,6 +19,7 @@ from plain import (
     double_precision,
     error,
     gradient_behind,
+    in_units,
     log_density,
     make_batch,
     of_task,
@@ -126,7 +127,7 @@ def make_problem(num_steps=1, **adapts):
     the tasks of ROWS.
     """
     args = make_args()
-    policy = module.Policy(2, BOX, args)
+    policy = in_units(module.Policy(2, BOX, args))
     p = SimpleNamespace(args=args, policy=policy, meta=make_meta(policy, **adapts), batches=[])
     p.vector = parameters_to_vector(p.meta.values())
     for p.num_steps in range(num_steps + 1):
@@ -290,7 +291,7 @@ def test_without_latents_it_is_the_step_of_maml():
     phi = of_task(module.start(theta, prior, alpha), 0)
     adapted = module.inner_step(phi, theta, batch, alpha, p.policy)
     args = maml_trpo.Args(hidden_size=3, inner_loss="lvc")
-    twin = maml_trpo.Policy(2, BOX, args)
+    twin = in_units(maml_trpo.Policy(2, BOX, args))
     blind = theta | {"net.0.weight": theta["net.0.weight"][:, :2]}
     blind_alpha = alpha | {"net.0.weight": alpha["net.0.weight"][:, :2]}
     for name, x in maml_trpo.inner_step(blind, batch, blind_alpha, twin, args).items():
@@ -339,7 +340,7 @@ def test_a_bandit_is_solved_with_a_shrinking_step_size(halving):
     one is away from it most of the time.
     """
     args, best = make_args(), torch.tensor([1.6, -0.8])
-    policy = module.Policy(2, BOX, args)
+    policy = in_units(module.Policy(2, BOX, args))
     phi = dict.fromkeys(LATENTS, torch.zeros(1, Z))
     distances = []
     for k in range(30):
@@ -363,7 +364,9 @@ def test_the_policy_reads_the_direction_of_z():
     """At the length √Z, and of z = 0 nothing; without normalisation it reads z itself."""
     obs, z = torch.randn(7, 2), 5 * torch.randn(7, Z)
     for normalise, read in ((True, z / z.norm(dim=1, keepdim=True) * Z**0.5), (False, z)):
-        policy = module.Policy(2, BOX, make_args(init_std=0.3, normalise_latent=normalise))
+        policy = in_units(
+            module.Policy(2, BOX, make_args(init_std=0.3, normalise_latent=normalise))
+        )
         mean, log_std = policy(obs, z).chunk(2, -1)
         torch.testing.assert_close(mean, policy.net(torch.cat([obs, read], -1)))
         torch.testing.assert_close(log_std.exp(), torch.full((7, 2), 0.3))
@@ -408,7 +411,7 @@ def player(env_id, **flags):
     """A policy for a family, three of its tasks, and arguments to collect with."""
     args = make_args(env_id=env_id, **flags)
     envs = module.make_envs(env_id)
-    policy = module.Policy(2, envs.single_action_space, args)
+    policy = in_units(module.Policy(2, envs.single_action_space, args))
     return policy, envs.sample_tasks(3, np.random.default_rng(0)), args
 
 
@@ -619,7 +622,7 @@ def probe(tmp_path, monkeypatch):
     torch.set_default_dtype(torch.float32)
     settings = {"env_id": "ProbeBox-v0", "meta_batch_size": 10, "num_train_tasks": 10}
     settings |= {"hidden_size": 8, "max_kl": 0.1, "test_reward": "dense"}
-    settings |= {"total_timesteps": 15_000, "num_threads": 1, "eval_every": 1000}
+    settings |= {"total_timesteps": 20_000, "num_threads": 1, "eval_every": 1000}
     settings |= {"num_eval_steps": 3, "eval_episodes": 20}
     return lambda **changes: module.main(module.Args(**(settings | changes)))
 
@@ -644,7 +647,7 @@ def test_a_direction_in_one_dimension_is_refused(probe):
     be learned.
     """
     z = torch.randn(7, 1, requires_grad=True)
-    policy = module.Policy(2, BOX, make_args(latent_dim=1))
+    policy = in_units(module.Policy(2, BOX, make_args(latent_dim=1)))
     policy(torch.randn(7, 2), z).sum().backward()
     assert z.grad.abs().max() < 1e-5
     line = r"^error: --latent-dim 1: .*--latent-dim 2.*--no-normalise-latent$"
@@ -660,7 +663,8 @@ def test_flags_reach_the_update(probe):
     """
     flags = {"env_id": "PointRobot-v0", "horizon": 5, "num_test_tasks": 4, "num_eval_steps": 1}
     flags |= {"num_inner_steps": 2, "inner_lr": 0.3, "sigma_lr": 0.2}
-    flags |= {"adapt_policy": True, "policy_lr": 0.1, "max_kl": 1e-12, "total_timesteps": 1}
+    flags |= {"adapt_policy": True, "policy_lr": 0.1, "max_kl": 1e-12}
+    flags |= {"total_timesteps": 1501}  # the first 1500 are for the units
     losses = []
     for weight, spread in ((1.0, 1.0), (3.0, 1.0), (1.0, 0.0)):
         name = f"{weight}_{spread}"
@@ -670,7 +674,7 @@ def test_flags_reach_the_update(probe):
         assert logged["losses/latent_kl"] == pytest.approx([losses[-1] / weight], abs=1e-4)
         assert logged["losses/kl"][0] < 1e-5  # all inner steps are in the map
         checkpoint = load(run_of(name))
-        assert checkpoint["global_step"] == 10 * 10 * 5 * 3
+        assert checkpoint["global_step"] == 2 * 10 * 10 * 5 * 3
         alphas = {"mu": 0.3, "log_sigma": 0.2, "net.0.weight": 0.1, "log_std": 0.1}
         for name, alpha in alphas.items():
             learned = checkpoint["meta"][f"log_lr.{name}"].exp()

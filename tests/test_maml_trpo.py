@@ -19,6 +19,7 @@ from plain import (
     double_precision,
     error,
     gradient_behind,
+    in_units,
     log_density,
     make_batch,
     of_task,
@@ -142,7 +143,7 @@ def make_problem(discrete=False, num_steps=1, learn=False, n=3, sizes=None, **fl
     tasks.
     """
     args = make_args(**{"inner_lr": 0.5} | flags)
-    policy = module.Policy(2, gym.spaces.Discrete(3) if discrete else BOX, args)
+    policy = in_units(module.Policy(2, gym.spaces.Discrete(3) if discrete else BOX, args))
     meta = {name: x.detach() + 0.3 * torch.randn_like(x) for name, x in policy.named_parameters()}
     params = {name: x.expand(n, *x.shape) for name, x in meta.items()}
     if learn:
@@ -292,7 +293,7 @@ def test_lvc_std_has_the_jacobian_of_the_whole_inner_step(std):
     goal, alpha, n = 0.25, 0.1, 20_000
     name = "net.4.bias"  # with o = 0 that bias is μ
     args = make_args(init_std=std, gamma=0.99, gae_lambda=1.0)
-    policy = module.Policy(1, gym.spaces.Box(-1, 1, (1,)), args)
+    policy = in_units(module.Policy(1, gym.spaces.Box(-1, 1, (1,)), args))
     eps = torch.special.ndtri((torch.arange(n) + 0.5) / n).view(n, 1, 1)  # a normal law's quantiles
 
     def episodes(mean):
@@ -546,11 +547,11 @@ def test_log_prob_and_kl(discrete):
 def test_the_initial_policy_has_a_standard_deviation_of_1_and_biases_of_0():
     """The standard deviation cannot fall below 1e-6."""
     space = gym.spaces.Box(-1, 1, (3,))
-    policy = module.Policy(2, space, make_args())
+    policy = in_units(module.Policy(2, space, make_args()))
     mean, log_std = policy(torch.zeros(7, 2)).chunk(2, -1)
     assert torch.equal(mean, torch.zeros(7, 3))
     assert torch.equal(log_std, torch.zeros(7, 3))
-    narrow = module.Policy(2, space, make_args(init_std=0.3))
+    narrow = in_units(module.Policy(2, space, make_args(init_std=0.3)))
     torch.testing.assert_close(narrow(torch.zeros(2))[3:].exp(), torch.full((3,), 0.3))
     params = dict(policy.named_parameters()) | {"log_std": torch.full((3,), -100.0)}
     narrowest = functional_call(policy, params, (torch.zeros(2),))
@@ -725,7 +726,9 @@ def collector(env_id, n, e, **flags):
     envs = module.make_envs(env_id)
     horizon = envs.horizon
     args = make_args(env_id=env_id, horizon=horizon, episodes_per_task=e, **flags)
-    policy = module.Policy(envs.single_observation_space.shape[0], envs.single_action_space, args)
+    policy = in_units(
+        module.Policy(envs.single_observation_space.shape[0], envs.single_action_space, args)
+    )
     params = {
         name: x.detach() + 0.5 * torch.randn(n, *x.shape) for name, x in policy.named_parameters()
     }

@@ -14,6 +14,7 @@ from plain import (
     actions_from,
     divergence,
     double_precision,
+    in_units,
     log_density,
     of_task,
     ragged_mask,
@@ -215,7 +216,7 @@ def make_args(kind="mmaml", **changes):
 
 def make_agent(args, discrete=False):
     """A small agent for two modes with nothing at 0, its inputs' units included."""
-    agent = module.Agent(2, gym.spaces.Discrete(3) if discrete else BOX, 2, args)
+    agent = in_units(module.Agent(2, gym.spaces.Discrete(3) if discrete else BOX, 2, args))
     for x in agent.parameters():
         x.data += 0.4 * torch.randn_like(x)
     if agent.encoder:
@@ -385,7 +386,9 @@ def test_without_modulation_it_is_promp():
 
 
 def make_policy(obs_size=2, action_size=2, **changes):
-    return module.Policy(obs_size, gym.spaces.Box(-1, 1, (action_size,)), make_args(**changes))
+    return in_units(
+        module.Policy(obs_size, gym.spaces.Box(-1, 1, (action_size,)), make_args(**changes))
+    )
 
 
 def test_modulation_of_the_policy():
@@ -593,7 +596,7 @@ def test_every_phase_is_collected_as_the_loops_say(env_id, changes):
     (obs_size,), action_space = envs.single_observation_space.shape, envs.single_action_space
     tasks = module.meta_batch(envs, train_tasks, args, 1)
     p = SimpleNamespace(args=args, tasks=tasks)
-    p.agent = module.Agent(obs_size, action_space, envs.num_modes, args)
+    p.agent = in_units(module.Agent(obs_size, action_space, envs.num_modes, args))
     discrete = p.agent.policy.discrete
     assert discrete == (env_id == "ProbeChoices-v0")
     keys = [("train", 1, k) for k in range(args.num_inner_steps + 1)]
@@ -635,7 +638,7 @@ def test_collect(env_id, test):
     args = replace(args, hidden_size=4, action_scale=0.5, gamma=0.9, gae_lambda=0.8)
     n, e = 3, 2 if test else 4
     envs = module.make_envs(env_id, n * e)
-    policy = module.Policy(2, envs.single_action_space, args)
+    policy = in_units(module.Policy(2, envs.single_action_space, args))
     discrete = policy.discrete
     theta = {name: x.detach() for name, x in policy.named_parameters()}
     theta = {name: x + 0.5 * torch.randn(n, *x.shape) for name, x in theta.items()}
@@ -664,7 +667,11 @@ def test_sparse_rewards_are_what_is_collected():
     """Encoder, baseline and advantages read them; those of training and those of the test."""
     args = make_args(env_id="SparsePointRobot-v0", episodes_per_task=2, eval_episodes=2, horizon=9)
     args = replace(args, action_scale=1.0, train_reward="sparse")
-    policy, tasks, tau = module.Policy(2, BOX, args), np.zeros((2, 2)), torch.zeros(2, 2, 2, 3)
+    policy, tasks, tau = (
+        in_units(module.Policy(2, BOX, args)),
+        np.zeros((2, 2)),
+        torch.zeros(2, 2, 2, 3),
+    )
     theta = {name: x.detach().expand(2, *x.shape) for name, x in policy.named_parameters()}
     for test in (False, True):
         if test:
@@ -679,8 +686,8 @@ def test_sparse_rewards_are_what_is_collected():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_main_is_these_functions_in_turn(train, kind):
-    """Its first iteration, and the step sizes of θ and of the network."""
-    train(**KINDS[kind], total_timesteps=1, num_inner_steps=2, update_epochs=2)
+    """Its first two iterations, and the step sizes of θ and of the network."""
+    train(**KINDS[kind], total_timesteps=1000, num_inner_steps=2, update_epochs=2)
     (path,) = Path("runs").glob("*/checkpoint.pt")
     saved = torch.load(path, weights_only=True)
     args = module.Args(**saved["args"])
@@ -692,9 +699,12 @@ def test_main_is_these_functions_in_turn(train, kind):
     groups = [{"params": [*part.parameters()], "lr": lr, "max_lr": lr} for part, lr in parts]
     optimizer = module.adam(groups, 1e-2, args)
     envs, train_tasks, _ = module.make_tasks(args)
-    tasks = module.meta_batch(envs, train_tasks, args, 1)
-    keys = [("train", 1, k) for k in range(3)]
-    batches, _, _ = module.adapt(agent, tasks, keys, args)
+    for iteration in (1, 2):
+        tasks = module.meta_batch(envs, train_tasks, args, iteration)
+        keys = [("train", iteration, k) for k in range(3)]
+        batches, _, _ = module.adapt(agent, tasks, keys, args)
+        if iteration == 1:
+            agent.policy.measure(batches[0])
     module.promp_update(agent, optimizer, batches, tasks, args)
     for name, x in agent.state_dict().items():
         assert torch.equal(saved["agent"][name], x), name
@@ -717,7 +727,7 @@ def test_meta_test(kind, deterministic):
     """
     args = make_args(kind, env_id="ProbeModes-v0", meta_batch_size=4, horizon=3, seed=3)
     args = replace(args, eval_episodes=3, deterministic_eval=deterministic)
-    agent = module.Agent(2, Modes.action_space, 2, args)
+    agent = in_units(module.Agent(2, Modes.action_space, 2, args))
     for x in agent.parameters():
         x.data += 0.4 * torch.randn_like(x)
     tasks = np.column_stack([1 - 2 * (np.arange(7) % 2), np.arange(7) % 2])

@@ -438,7 +438,7 @@ def test_held_out_tasks_of_its_own(script, train, monkeypatch):
 
 NO_ROWS = [np.zeros((3, 2)), np.full((5, 2), "a"), [{"goal": 1}] * 5, [], None, {"a": 1}, 3.0]
 NO_ROWS += [
-    (x for x in range(5)),
+    pytest.param((x for x in range(5)), id="generator"),
     [[1, 2], [1]] + [[1, 2]] * 3,
     np.zeros((5, 0)),
     np.zeros((5, 2)) * 1j,
