@@ -232,10 +232,10 @@ def test_units_are_those_of_the_valid_steps():
         x = scale * (torch.randn(5, 7) + 2)
         valid = x[mask == 1]
         expected = torch.stack([valid.mean(), valid.std(correction=0)])
-        torch.testing.assert_close(torch.stack(rl2.units(x, mask)), expected, atol=0, rtol=1e-9)
+        torch.testing.assert_close(torch.stack(rl2.spread(x, mask)), expected, atol=0, rtol=1e-9)
     for constant in (0, 0.1, -1e-7, 1e7 / 3):
         mask = torch.ones(1000, 100, dtype=torch.float32)
-        assert rl2.units(constant * mask, mask)[1] == 1
+        assert rl2.spread(constant * mask, mask)[1] == 1
 
 
 def test_the_initial_weights():
@@ -494,11 +494,11 @@ def test_two_ranks_with_the_same_trials_do_what_one_does(monkeypatch):
     agent, batch, _ = prepared("user_tasks:Matrix-v0", separate_value=True)
     flags = {"update_epochs": 2, "num_minibatches": 3, "learning_rate": 0.01}
     losses, after = learn(agent, batch, torch.optim.Adam, **flags)
-    units = rl2.units(batch["obs"], batch["mask"])
+    units = rl2.spread(batch["obs"], batch["mask"])
     monkeypatch.setattr(rl2, "all_reduce", lambda x: 2 * x)
     assert learn(agent, batch, torch.optim.Adam, **flags)[0] == losses
     assert torch.equal(learn(agent, batch, torch.optim.Adam, **flags)[1], after)
-    assert all(map(torch.equal, rl2.units(batch["obs"], batch["mask"]), units))
+    assert all(map(torch.equal, rl2.spread(batch["obs"], batch["mask"]), units))
 
 
 def test_the_gradient_is_clipped():
