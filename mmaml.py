@@ -626,7 +626,7 @@ class UserEnvs(gym.vector.VectorEnv):
         return self.obs.copy(), {}
 
     def step(self, actions: np.ndarray):
-        actions = self._native(actions)
+        actions = self.to_native(actions)
         rewards = np.zeros(self.num_envs)
         infos = {}
         for i in np.flatnonzero(~(self.terminated | self.truncated)):
@@ -650,9 +650,11 @@ class UserEnvs(gym.vector.VectorEnv):
         for env in self.envs:
             env.close()
 
-    def _native(self, actions: np.ndarray) -> np.ndarray:
-        """Its own actions. Where both bounds are finite [-1, 1] is mapped to them, integers with
-        equal shares; elsewhere an action is clipped to the bound that there is.
+    def to_native(self, actions: np.ndarray) -> np.ndarray:
+        """What its step takes, (B, ...), for an agent's actions (B, A) or (B,).
+
+        Where both bounds are finite [-1, 1] is mapped to them, integers with equal shares;
+        elsewhere an action is clipped to the bound that there is.
         """
         space = self.native
         if self.discrete:

@@ -512,6 +512,7 @@ def test_bounds_are_of_each_dimension(monkeypatch):
     envs.reset(seed=0, options={"task": np.full((1, 2), 5.0)})
     envs.step(np.array([[0.5, 0.5]]))
     assert envs.envs[0].unwrapped.given[0].tolist() == [7.5, 0.5]
+    assert envs.to_native(np.array([[0.5, 0.5]]))[0].tolist() == [7.5, 0.5]
 
 
 class Wind(gym.Wrapper):
