@@ -30,7 +30,8 @@ Evaluate:  python maml_trpo.py --evaluate runs/NAME
 
 Differs from the paper in: the likelihood-ratio inner loss (--inner-loss logli is the paper's), the
 exact Fisher-vector product (its code: finite differences), two tanh layers of 64 units (ReLU of
-100). The whole list: docs/maml_trpo.md.
+100), and a first iteration that only measures the units of observations. The whole list:
+docs/maml_trpo.md.
 """
 
 from __future__ import annotations

@@ -11,13 +11,14 @@ q(z|c) about which task it is, and a soft actor-critic (SAC) that is given a z d
 Adapting is inferring z. Every training task has a replay of its own; first each gets its initial
 steps, with z from the prior N(0, I). Then, in every iteration:
 
-(1) Pick tasks, and forget their contexts. Collect episodes in all of them, each with a new z: from
-    the prior, then from the belief. Then collect more from the belief, for the replay alone.
+(1) Pick tasks, forget their contexts, collect episodes in all: z from the prior; in the posterior
+    and extra phases, after their first episode, from the belief. Extra ones never are context.
 (2) Gradient steps: draw N tasks, and in each a context c and a batch from its replay.
 (3) Belief: q(z|c) is the product of one Gaussian per transition, normalised. Draw one z per task.
-(4) Critics: twin Q(s, a, z) towards scale r + γ (min Q'(s', a', z) - log π(a'|s', z)).
+(4) Critics: twin Q(s, a, z) towards k r + γ (min Q'(s', a', z) - α log π(a'|s', z)); k is the scale
+    of rewards, α the temperature.
 (5) Encoder: the gradient of (4) through z, and of the KL from the prior to the belief; no other.
-(6) Actor: lower log π(a|s, z) - min Q(s, a, z), z a constant. Targets Q' follow the critics slowly.
+(6) Actor: lower α log π(a|s, z) - min Q(s, a, z), z a constant. Targets Q' follow slowly.
 (7) Meta-test in held-out tasks: episodes with z from the prior, then from the belief.
 
 Train:     python pearl.py
