@@ -16,7 +16,7 @@ import copy
 import importlib
 import os
 import sys
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -213,7 +213,8 @@ def main(argv=None):
     parser.add_argument("--task", type=int, nargs="+", default=[0], help="numbers, from 0")
     parser.add_argument("--names", nargs="+", help="of these tasks")
     parser.add_argument("--episodes", type=int, default=10, help="of a task, in the plane")
-    parser.add_argument("--fps", type=float, default=20, help="frames per second")
+    parser.add_argument("--fps", type=float, default=20, help="steps per second")
+    parser.add_argument("--every", type=int, default=1, help="steps to a frame")
     given, flags = parser.parse_known_args(argv)
     names = given.names or [f"task {i}" for i in given.task]
     if len(names) != len(given.task):
@@ -233,7 +234,8 @@ def main(argv=None):
         frames = draw(phases, given.task, given.episodes)
     else:
         frames = render(phases, envs.model, given.task, names)
-    save(frames, given.gif, given.fps)
+    frames = islice(frames, 0, None, given.every)
+    save(frames, given.gif, given.fps / given.every)
 
 
 if __name__ == "__main__":
