@@ -1571,11 +1571,16 @@ def adam(parameters, lr: float, args, saved: dict | None = None, eps=1e-8) -> to
 
 
 class Choice(Categorical):
-    """Categorical, without gather, whose gradient is slow on a GPU if it is to be deterministic."""
+    """Categorical in fewer operations, and without gather, whose gradient is slow on a GPU if it is
+    to be deterministic.
+    """
 
     def log_prob(self, value):
         choices = torch.arange(self.logits.shape[-1], device=value.device)
         return torch.where(value.unsqueeze(-1) == choices, self.logits, 0).sum(-1)
+
+    def entropy(self):
+        return -(self.probs * self.logits).sum(-1)
 
 
 def distribution(dist_params: torch.Tensor, discrete=False) -> Choice | Independent:
