@@ -150,12 +150,17 @@ class MetaWorldEnvs(gym.vector.VectorEnv):
         while len(self.helpers) < self.processes - 1:  # Ctrl-C is not for them: scripts save first
             self.helpers.append(subprocess.Popen(program, **pipes, start_new_session=True))
         tasks = [self._named(row) for row in options["task"]]
-        (obs,) = self._everywhere("reset", tasks, self.reward)
+        # classes cost differently: every process has its share of the lanes of each
+        order = np.argsort([task.env_name for task in tasks], kind="stable")
+        self.shares = [order[i :: self.processes] for i in range(self.processes)]
+        of_shares = [[tasks[i] for i in share] for share in self.shares]
+        (obs,) = self._everywhere("reset", of_shares, self.reward)
         return obs, {}
 
     def step(self, actions: np.ndarray):
         actions = np.clip(actions, -1, 1).astype(np.float32)
-        obs, rewards, ended, success = self._everywhere("step", actions)
+        of_shares = [actions[share] for share in self.shares]
+        obs, rewards, ended, success = self._everywhere("step", of_shares)
         return obs, rewards, np.zeros(self.num_envs, bool), ended > 0, {"success": success}
 
     def expert_action(self, obs: np.ndarray, task: np.ndarray) -> np.ndarray:
@@ -174,17 +179,14 @@ class MetaWorldEnvs(gym.vector.VectorEnv):
         split, index = row.astype(int)
         return self.splits[split][index]
 
-    def _everywhere(self, method: str, of_lanes, *more) -> list[np.ndarray]:
-        """A method of all Simulators, each with its lanes: every P-th of P processes, so that the
-        episodes of a task, which lie side by side, are shared out.
-        """
+    def _everywhere(self, method: str, of_shares: list, *more) -> list[np.ndarray]:
+        """A method of the Simulators of all processes; what they return, lane by lane."""
         helpers = self.helpers[: self.processes - 1]
-        shares = [of_lanes[i :: self.processes] for i in range(self.processes)]
         try:
-            for helper, share in zip(helpers, shares[1:], strict=True):
-                pickle.dump((method, id(self), share, *more), helper.stdin)
+            for helper, given in zip(helpers, of_shares[1:], strict=True):
+                pickle.dump((method, id(self), given, *more), helper.stdin)
                 helper.stdin.flush()
-            parts = [getattr(self.here, method)(id(self), shares[0], *more)]
+            parts = [getattr(self.here, method)(id(self), of_shares[0], *more)]
             parts += [pickle.load(helper.stdout) for helper in helpers]
             for part in parts:
                 if isinstance(part, str):
@@ -197,8 +199,8 @@ class MetaWorldEnvs(gym.vector.VectorEnv):
         results = []
         for columns in zip(*parts, strict=True):
             results.append(np.empty((self.num_envs, *columns[0].shape[1:])))
-            for i, column in enumerate(columns):
-                results[-1][i :: self.processes] = column
+            for share, column in zip(self.shares, columns, strict=True):
+                results[-1][share] = column
         return results
 
 

@@ -1,6 +1,7 @@
 """metaworld_tasks.py: Meta-World's own splits, hidden goals, success, and a tiny run."""
 
 import pickle
+import re
 import subprocess
 import sys
 
@@ -26,8 +27,8 @@ def family(request):
 
 
 def lanes(envs):
-    """The simulators that this process steps."""
-    return envs.here.lanes[id(envs)]
+    """The simulators that this process steps, in the order of their lanes."""
+    return [envs.here.lanes[id(envs)][i] for i in np.argsort(envs.shares[0])]
 
 
 @pytest.fixture
@@ -178,7 +179,7 @@ def test_the_number_of_processes_changes_no_number(env_id, n):
             for _ in range(20):
                 *told, info = envs.step(rng.uniform(-1.5, 1.5, (n, 4)))
                 rows.append(np.column_stack([*told, info["success"]]))
-        lanes(envs)[0].curr_path_length = 499  # lane 0 ends, in this process
+        envs.here.lanes[id(envs)][0].curr_path_length = 499  # a lane ends, in this process
         for _ in range(2):
             rows.append(np.column_stack(envs.step(np.ones((n, 4)))[:4]))
         assert len(envs.helpers) >= envs.processes - 1
@@ -187,9 +188,12 @@ def test_the_number_of_processes_changes_no_number(env_id, n):
     assert np.array_equal(seen[0], seen[1]) and np.array_equal(seen[0], seen[2])
 
 
-def test_few_lanes_stay_in_one_process(two_processes):
+def test_how_lanes_are_shared_out(two_processes):
     assert metaworld_tasks.MetaWorldEnvs(ML1, 7).processes == 1
-    assert two_processes().processes == 2
+    envs = two_processes(ML10)
+    tasks = envs.sample_tasks(4, np.random.default_rng(0))
+    envs.reset(options={"task": np.concatenate([tasks, tasks])})
+    assert len({type(simulator) for simulator in lanes(envs)}) == 4  # a lane of each class
 
 
 def test_an_error_in_another_process_is_told(two_processes):
@@ -198,7 +202,7 @@ def test_an_error_in_another_process_is_told(two_processes):
     envs.reset(options={"task": tasks})
     good = envs._named(tasks[0])
     with pytest.raises(RuntimeError, match=r"(?s)Traceback.*in take.*KeyError: 'nothing-v3'"):
-        envs._everywhere("reset", [good, good._replace(env_name="nothing-v3")] * 4, "v2")
+        envs._everywhere("reset", [[good] * 4, [good._replace(env_name="nothing-v3")] * 4], "v2")
     envs.reset(options={"task": tasks})  # with new processes
     envs.helpers[0].kill()
     with pytest.raises(RuntimeError, match="has died"):
@@ -231,6 +235,45 @@ def test_a_tiny_run(train, num_threads):
     metaworld_tasks.stop_helpers()
     assert {"eval/success_after_0_episodes", "eval/success_after_2_episodes"} <= metrics.keys()
     assert metrics["charts/episodic_length"] == 5 and metrics["charts/episodic_return"] > 0
+
+
+def test_success_by_class(train, capsys):
+    """Of a run's file; copies of a task count once, and the mean over classes is not that over tasks."""
+    import plot
+
+    folder, _ = train(maml_trpo, env_id=ML1, horizon=5, total_timesteps=1)
+    train(maml_trpo, evaluate=folder)
+    capsys.readouterr()
+    plot.classes(str(folder / "evaluation.npz"))
+    row, mean = (rf"\| {name} \| 5 \| 0.00 \[0.00, 0.43\] \|" for name in (ML1[4:], "all classes"))
+    assert re.search(f"{row}.*\n{mean}", capsys.readouterr().out)
+
+    names = [task.env_name for task in metaworld_tasks.benchmark(ML10).test_tasks]
+    index = [
+        names.index(name) + i for name in ("door-close-v3", "lever-pull-v3") for i in (0, 0, 1)
+    ]
+    tasks = np.column_stack([np.ones(6), index])[:5]  # one of them is the only one of its class
+    success = np.array([[0, 0, 0, 0, 0], [1, 1, 0, 1, 1]])
+    np.savez(folder / "evaluation.npz", tasks=tasks, success=success)
+    plot.classes(str(folder / "evaluation.npz"), ML10)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| class | tasks | before | after 1 |"
+    low, high = plot.share_interval(0.5, 2)
+    assert lines[2].startswith("| door-close-v3 | 2 | 0.00 [0.00, ")
+    assert lines[2].endswith(f"| 0.50 [{low:.2f}, {high:.2f}] |")
+    assert lines[3].startswith("| lever-pull-v3 | 1 |") and "| 1.00 [" in lines[3]
+    assert lines[4].startswith("| all classes | 3 |") and "| 0.75 [" in lines[4]
+
+
+def test_wilsons_interval():
+    """Against its definition: the shares that are 1.96 standard errors away."""
+    import plot
+
+    low, high = plot.share_interval(np.array([0.3, 0.9]), 20)
+    for bound in (low, high):
+        distance = np.abs(bound - [0.3, 0.9]) / np.sqrt(bound * (1 - bound) / 20)
+        np.testing.assert_allclose(distance, 1.96)
+    assert plot.share_interval(0.0, 20)[0] == 0
 
 
 @pytest.mark.filterwarnings("ignore:Constant:UserWarning")
