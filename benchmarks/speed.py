@@ -140,7 +140,7 @@ def processor_seconds(pids) -> float:
     return sum(int(field[11]) + int(field[12]) for field in fields) / os.sysconf("SC_CLK_TCK")
 
 
-def metaworld_table(lanes: int, rounds: int, steps: int = 50):
+def metaworld_table(lanes: int, rounds: int, steps: int = 200):
     """ML10's training classes in equal shares, 10, 20, 50 or 100 lanes; random actions, the same for all."""
     import torch
 

@@ -146,7 +146,7 @@ def test_a_lane_ends_after_500_steps_and_stays():
 
 
 def test_rewards_of_version_1():
-    """They are other rewards for the same steps and the same success."""
+    """They are other rewards for the same steps."""
     envs, other = make_envs(ML1, 2), make_envs(f"{ML1}-reward-v1", 2)
     tasks = envs.sample_tasks(2, np.random.default_rng(0))
     told = []
