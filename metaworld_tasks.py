@@ -4,11 +4,19 @@ pip install metaworld, and lay this file beside the script or into the working f
     python maml_trpo.py --env-id ML1-reach-v3 --meta-batch-size 10 --episodes-per-task 5
 
 Goals are hidden, success is in info, and training and held-out tasks are the benchmark's own.
-Experts, for gmps.py, are Meta-World's scripted policies. More in docs/tasks.md.
+Rewards are Meta-World's V2; ML10-reward-v1 and so on have V1. Lanes are spread over as many
+processes as torch has threads (--num-threads); how many changes no number. Experts, for gmps.py,
+are Meta-World's scripted policies. More in docs/metaworld.md.
 """
 
 from __future__ import annotations
 
+import atexit
+import os
+import pickle
+import subprocess
+import sys
+import traceback
 from collections import defaultdict
 from functools import cache
 from typing import ClassVar
@@ -37,25 +45,89 @@ def benchmark(env_id: str):
     return getattr(metaworld, env_id)(seed=0)
 
 
+class Simulators:
+    """Those of one process: of the lanes of each owner, and idle ones, by class and reward.
+
+    Each takes 20 MB and up to a second to make; put in a task, it forgets the last one.
+    """
+
+    def __init__(self):
+        self.lanes = defaultdict(list)
+        self.idle = defaultdict(list)
+
+    def take(self, task, reward: str):
+        """An idle one, or a new one, in a task of Meta-World's."""
+        import metaworld
+
+        make = metaworld.ALL_V3_ENVIRONMENTS[task.env_name]
+        idle = self.idle[make, reward]
+        simulator = idle.pop() if idle else make(reward_function_version=reward)
+        simulator.set_task(task)
+        return simulator
+
+    def give_back(self, simulator):
+        self.idle[type(simulator), simulator.reward_function_version].append(simulator)
+
+    def reset(self, owner: int, tasks: list, reward: str) -> list[np.ndarray]:
+        for simulator in self.lanes[owner]:
+            self.give_back(simulator)
+        self.lanes[owner] = [self.take(task, reward) for task in tasks]
+        return [np.stack([simulator.reset()[0] for simulator in self.lanes[owner]])]
+
+    def step(self, owner: int, actions: np.ndarray) -> list[np.ndarray]:
+        """obs (B, 39), and rewards, ended and success, (B,)."""
+        obs = np.zeros((len(actions), 39))
+        rewards, ended, success = np.zeros((3, len(actions)))
+        for i, simulator in enumerate(self.lanes[owner]):
+            if simulator.curr_path_length < simulator.max_path_length:
+                obs[i], rewards[i], _, ended[i], info = simulator.step(actions[i])
+                success[i] = info["success"]
+            else:
+                obs[i], ended[i] = simulator._last_stable_obs, 1
+        return [obs, rewards, ended, success]
+
+
+def serve():
+    """A process that helps: this file as a program. Pickles come in, (method, arguments), and go
+    out; it ends when its input does, so with the process that started it, however that ended.
+    """
+    calls, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what anything prints goes elsewhere
+    simulators = Simulators()
+    try:
+        while True:
+            method, *arguments = pickle.load(calls)
+            try:
+                result = getattr(simulators, method)(*arguments)
+            except Exception:
+                result = traceback.format_exc()
+            pickle.dump(result, results)
+            results.flush()
+    except (EOFError, BrokenPipeError):
+        os._exit(0)  # nobody is there any more
+
+
 class MetaWorldEnvs(gym.vector.VectorEnv):
     """tasks: (n, 2), each the split (0: training, 1: test) and the index in its list of tasks."""
 
     metadata: ClassVar = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
     horizon = 500
     num_modes = 0
-    idle: ClassVar = defaultdict(list)  # simulators by class: each takes 20 MB and up to a second
+    here: ClassVar = Simulators()  # of all objects, as are the helpers
+    helpers: ClassVar = []
 
-    def __init__(self, env_id: str, num_envs: int):
+    def __init__(self, env_id: str, num_envs: int, reward: str = "v2"):
         import metaworld.policies
+        import torch
 
         self.env_id = env_id
         self.num_envs = num_envs
+        self.reward = reward
         self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (39,), np.float64)
         self.single_action_space = gym.spaces.Box(-1, 1, (4,), np.float64)
-        self.classes = metaworld.ALL_V3_ENVIRONMENTS
         self.policies = metaworld.policies.ENV_POLICY_MAP
         self.splits = (benchmark(env_id).train_tasks, benchmark(env_id).test_tasks)
-        self.lanes = []
+        self.processes = max(1, min(torch.get_num_threads(), num_envs // 4))  # this one counts
         self.goals = {}
 
     def sample_tasks(self, n: int, rng: np.random.Generator, split: int = 0) -> np.ndarray:
@@ -73,31 +145,32 @@ class MetaWorldEnvs(gym.vector.VectorEnv):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         """seed: of no effect, as a task says where everything starts."""
-        for simulator in self.lanes:
-            self.idle[type(simulator)].append(simulator)
-        self.lanes = [self._simulator(self._named(row)) for row in options["task"]]
-        self.obs = np.stack([simulator.reset()[0] for simulator in self.lanes])
-        self.ended = np.zeros(self.num_envs, bool)
-        return self.obs.copy(), {}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        program = [sys.executable, os.path.abspath(__file__)]
+        while len(self.helpers) < self.processes - 1:  # Ctrl-C is not for them: scripts save first
+            self.helpers.append(subprocess.Popen(program, **pipes, start_new_session=True))
+        tasks = [self._named(row) for row in options["task"]]
+        # classes cost differently: every process has its share of the lanes of each
+        order = np.argsort([task.env_name for task in tasks], kind="stable")
+        self.shares = [order[i :: self.processes] for i in range(self.processes)]
+        of_shares = [[tasks[i] for i in share] for share in self.shares]
+        (obs,) = self._everywhere("reset", of_shares, self.reward)
+        return obs, {}
 
     def step(self, actions: np.ndarray):
         actions = np.clip(actions, -1, 1).astype(np.float32)
-        rewards = np.zeros(self.num_envs)
-        success = np.zeros(self.num_envs)
-        for i in np.flatnonzero(~self.ended):  # a lane ends after 500 steps, and not before
-            self.obs[i], rewards[i], _, self.ended[i], info = self.lanes[i].step(actions[i])
-            success[i] = info["success"]
-        terminated = np.zeros(self.num_envs, bool)
-        return self.obs.copy(), rewards, terminated, self.ended.copy(), {"success": success}
+        of_shares = [actions[share] for share in self.shares]
+        obs, rewards, ended, success = self._everywhere("step", of_shares)
+        return obs, rewards, np.zeros(self.num_envs, bool), ended > 0, {"success": success}
 
     def expert_action(self, obs: np.ndarray, task: np.ndarray) -> np.ndarray:
         """What Meta-World's scripted policy does, which is told the goal: obs (39,) -> (4,)."""
         named = self._named(task)
         if named not in self.goals:
-            simulator = self._simulator(named)
+            simulator = self.here.take(named, self.reward)
             simulator.reset()
             self.goals[named] = simulator._target_pos.copy()
-            self.idle[type(simulator)].append(simulator)
+            self.here.give_back(simulator)
         told = np.concatenate([obs[:-3], self.goals[named]]).astype(np.float64)
         return self.policies[named.env_name]().get_action(told).clip(-1, 1)
 
@@ -106,13 +179,43 @@ class MetaWorldEnvs(gym.vector.VectorEnv):
         split, index = row.astype(int)
         return self.splits[split][index]
 
-    def _simulator(self, named):
-        """One that no lane uses, in the task."""
-        make = self.classes[named.env_name]
-        simulator = self.idle[make].pop() if self.idle[make] else make()
-        simulator.set_task(named)
-        return simulator
+    def _everywhere(self, method: str, of_shares: list, *more) -> list[np.ndarray]:
+        """A method of the Simulators of all processes; what they return, lane by lane."""
+        helpers = self.helpers[: self.processes - 1]
+        try:
+            for helper, given in zip(helpers, of_shares[1:], strict=True):
+                pickle.dump((method, id(self), given, *more), helper.stdin)
+                helper.stdin.flush()
+            parts = [getattr(self.here, method)(id(self), of_shares[0], *more)]
+            parts += [pickle.load(helper.stdout) for helper in helpers]
+            for part in parts:
+                if isinstance(part, str):
+                    raise RuntimeError(f"in a process that steps Meta-World:\n{part}")
+        except BaseException as error:
+            stop_helpers()  # nobody has taken their answers
+            if isinstance(error, EOFError | BrokenPipeError | pickle.UnpicklingError):
+                raise RuntimeError("a process that steps Meta-World has died") from error
+            raise
+        results = []
+        for columns in zip(*parts, strict=True):
+            results.append(np.empty((self.num_envs, *columns[0].shape[1:])))
+            for share, column in zip(self.shares, columns, strict=True):
+                results[-1][share] = column
+        return results
+
+
+@atexit.register
+def stop_helpers():
+    while MetaWorldEnvs.helpers:
+        helper = MetaWorldEnvs.helpers.pop()
+        helper.kill()
+        helper.communicate()  # waits, and closes the pipes
 
 
 for name in [*(f"ML1-{task}-v3" for task in METAWORLD_TASKS), "ML10", "ML25", "ML45"]:
-    gym.register(name, vector_entry_point=MetaWorldEnvs, kwargs={"env_id": name})
+    for end, reward in ("", "v2"), ("-reward-v1", "v1"):
+        given = {"env_id": name, "reward": reward}
+        gym.register(name + end, vector_entry_point=MetaWorldEnvs, kwargs=given)
+
+if __name__ == "__main__":
+    serve()

@@ -10,6 +10,7 @@
 Of the evaluation.npz that --evaluate writes to a run's folder:
 
     python benchmarks/plot.py tasks NPZ            the return of each different held-out task
+    python benchmarks/plot.py classes NPZ [ENV_ID] the success in each class of held-out tasks (Meta-World)
     python benchmarks/plot.py episodes PNG NPZ     episodes in the plane, before and after adaptation (maesn.py)
     python benchmarks/plot.py embedding PNG NPZ    embeddings of the tasks, by mode (mmaml.py)
 
@@ -241,6 +242,45 @@ def tasks(npz: str):
         print(f"task {np.round(task, 3)}, {scores.shape[1]} times: ", " -> ".join(cells))
 
 
+def share_interval(share, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's 95% interval of a share of n; of means in [0, 1] it is too wide rather than too narrow."""
+    z = 1.96**2 / n
+    half = (z * share * (1 - share) + z**2 / 4) ** 0.5
+    return (share + z / 2 - half) / (1 + z), (share + z / 2 + half) / (1 + z)
+
+
+def classes(npz: str, env_id: str = ""):
+    """A row per class of Meta-World's: the mean success of its different held-out tasks after each adaptation.
+
+    env_id: if not given, that of the checkpoint beside the file. The last row is the mean over classes.
+    """
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import torch
+
+    from metaworld_tasks import benchmark
+
+    if not env_id:
+        checkpoint = torch.load(Path(npz).parent / "checkpoint.pt", weights_only=True)
+        env_id = checkpoint["args"]["env_id"]
+    of = benchmark(env_id.rpartition(":")[2].removesuffix("-reward-v1"))
+    with np.load(npz) as file:
+        success, rows = file["success"], file["tasks"].astype(int)  # (K + 1, M), (M, 2)
+    rows, which = np.unique(rows, axis=0, return_inverse=True)
+    copies = np.bincount(which.ravel())
+    success = np.stack([np.bincount(which.ravel(), x) / copies for x in success])
+    names = np.array([(of.train_tasks, of.test_tasks)[split][i].env_name for split, i in rows])
+    columns = ["before", *(f"after {k}" for k in range(1, len(success)))]
+    print(f"| class | tasks | {' | '.join(columns)} |\n|{'-|' * (2 + len(columns))}")
+    means = {name: success[:, names == name].mean(1) for name in np.unique(names)}
+    counts = {name: (names == name).sum() for name in means}
+    means["all classes"] = np.mean([*means.values()], axis=0)
+    counts["all classes"] = len(names)
+    for name, shares in means.items():
+        bounds = zip(shares, *share_interval(shares, counts[name]), strict=True)
+        cells = [f"{share:.2f} [{low:.2f}, {high:.2f}]" for share, low, high in bounds]
+        print(f"| {name} | {counts[name]} | {' | '.join(cells)} |")
+
+
 def episodes_in_the_plane(png: str, npz: str):
     """Before adaptation and after its last step; the first two observations are x and y, a task is a goal."""
     import matplotlib.pyplot as plt
@@ -283,6 +323,8 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["tasks", npz]:
             tasks(npz)
+        case ["classes", npz, *env_id] if len(env_id) < 2:
+            classes(npz, *env_id)
         case ["episodes", png, npz]:
             episodes_in_the_plane(png, npz)
         case ["embedding", png, npz]:

@@ -1,7 +1,9 @@
-"""Speed: the MuJoCo families against gymnasium's vector environments and bare mj_step, an iteration of each script, and
-a full-size gradient step of PEARL against the matrix products in it.
+"""Speed: the MuJoCo families against gymnasium's vector environments and bare mj_step, ML10 against Meta-World's own
+vector environments and its bare step, an iteration of each script, and a full-size gradient step of PEARL against the
+matrix products in it.
 
     python benchmarks/speed.py envs [--lanes 400] [--rounds 5]
+    python benchmarks/speed.py metaworld [--lanes 20] [--rounds 5]
     python benchmarks/speed.py scripts [--iterations 10] [further flags of the scripts, as --cuda]
     python benchmarks/speed.py pearl [--rounds 5] [--threads 0] [--cuda]
 
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -129,6 +132,72 @@ def envs_table(lanes: int, rounds: int, steps: int = 20):
         print(f"| {family} | {row} |", flush=True)
         for vector in vectors.values():
             vector.close()
+
+
+def processor_seconds(pids) -> float:
+    """What these processes have used so far (Linux)."""
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    return sum(int(field[11]) + int(field[12]) for field in fields) / os.sysconf("SC_CLK_TCK")
+
+
+def metaworld_table(lanes: int, rounds: int, steps: int = 200):
+    """ML10's training classes in equal shares, 10, 20, 50 or 100 lanes; random actions, the same for all."""
+    import torch
+
+    import maml_trpo
+    from metaworld_tasks import MetaWorldEnvs, Simulators
+
+    rng, here, make = np.random.default_rng(0), Simulators(), partial(MetaWorldEnvs, "ML10", lanes)
+    torch.set_num_threads(1)
+    ours = {"`metaworld_tasks.py`, one process": make()}
+    tasks = ours["`metaworld_tasks.py`, one process"].sample_tasks(lanes, rng)
+    torch.set_num_threads(maml_trpo.cores())
+    several = make()
+    ours[f"`metaworld_tasks.py`, {several.processes} processes"] = several
+    theirs = {}
+    for mode in ("sync", "async"):
+        given = {"vector_strategy": mode, "meta_batch_size": lanes, "seed": 0}
+        theirs[f"`Meta-World/ML10-train`, {mode}"] = gym.make_vec("Meta-World/ML10-train", **given)
+    simulators = [here.take(several._named(row), "v2") for row in tasks]
+
+    def bare_step(actions):
+        for simulator, action in zip(simulators, actions, strict=True):
+            simulator.step(action)
+
+    wall, processor = defaultdict(list), defaultdict(list)
+    for k in range(rounds + 1):
+        actions = rng.uniform(-1, 1, (steps, lanes, 4)).astype(np.float32)
+        for simulator in simulators:
+            simulator.reset()
+        for envs in ours.values():
+            envs.reset(options={"task": tasks})
+        for envs in theirs.values():
+            envs.call("sample_tasks")
+            envs.reset()
+        calls = {"bare `env.step`, one process": bare_step}
+        calls |= {name: envs.step for name, envs in (ours | theirs).items()}
+        for name, step in calls.items():
+            pids = [os.getpid()]
+            if name.endswith("processes"):
+                pids += [helper.pid for helper in several.helpers]
+            if name.endswith("async"):
+                pids += [process.pid for process in theirs[name].unwrapped.processes]
+            before = processor_seconds(pids)
+            rates = [rate(step, action[None]) for action in actions]
+            used = processor_seconds(pids) - before
+            wall[name] += rates * (k > 0)  # the first round warms up
+            processor[name] += [steps * lanes / used] * (k > 0)
+    print(
+        f"| ML10, {lanes} lanes | steps/s | / bare | steps per second of processor time | / bare |"
+    )
+    print("|-|-|-|-|-|")
+    columns = [{name: np.median(x) for name, x in rates.items()} for rates in (wall, processor)]
+    for name in wall:
+        pairs = [(column[name], column["bare `env.step`, one process"]) for column in columns]
+        cells = " | ".join(f"{x:,.0f} | {x / bare:.2f}" for x, bare in pairs)
+        print(f"| {name} | {cells} |", flush=True)
+    for envs in theirs.values():
+        envs.close()
 
 
 def script_row(script: str, flags: list[str]):
@@ -326,8 +395,8 @@ def main():
     if sys.argv[1:2] == ["row"]:
         return script_row(sys.argv[2], sys.argv[3:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["envs", "scripts", "pearl"])
-    parser.add_argument("--lanes", type=int, default=400)
+    parser.add_argument("what", choices=["envs", "metaworld", "scripts", "pearl"])
+    parser.add_argument("--lanes", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--threads", type=int, default=0)
@@ -340,7 +409,9 @@ def main():
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n"
     )
     if args.what == "envs":
-        envs_table(args.lanes, args.rounds)
+        envs_table(args.lanes or 400, args.rounds)
+    elif args.what == "metaworld":
+        metaworld_table(args.lanes or 20, args.rounds)
     elif args.what == "pearl":
         pearl_table(args.rounds, args.threads, "cuda" if "--cuda" in flags else "cpu")
     else:

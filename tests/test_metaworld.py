@@ -1,8 +1,9 @@
 """metaworld_tasks.py: Meta-World's own splits, hidden goals, success, and a tiny run."""
 
 import pickle
+import re
+import subprocess
 import sys
-from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -23,6 +24,20 @@ def family(request):
     """A benchmark, its classes, and three lanes of it."""
     ml = metaworld_tasks.benchmark(request.param)
     return ml, {**ml.train_classes, **ml.test_classes}, make_envs(request.param, 3)
+
+
+def lanes(envs):
+    """The simulators that this process steps, in the order of their lanes."""
+    return [envs.here.lanes[id(envs)][i] for i in np.argsort(envs.shares[0])]
+
+
+@pytest.fixture
+def two_processes():
+    """What makes eight lanes of a family, stepped by this process and by another one."""
+    torch.set_num_threads(2)
+    yield lambda env_id=ML1: metaworld_tasks.MetaWorldEnvs(env_id, 8)
+    torch.set_num_threads(1)
+    metaworld_tasks.stop_helpers()
 
 
 def play(env_id, tasks, act, horizon):
@@ -52,7 +67,7 @@ def test_splits_are_the_benchmarks_own(family):
         rows = sample(len(own), np.random.default_rng(0))
         assert (rows[:, 0] == split).all()
         envs.reset(options={"task": rows[:3]})
-        for row, simulator in zip(rows, envs.lanes, strict=False):
+        for row, simulator in zip(rows, lanes(envs), strict=False):
             task = own[row[1]]
             assert type(simulator) is classes[task.env_name]
             expected = pickle.loads(task.data)["rand_vec"]
@@ -84,8 +99,8 @@ def test_goals_are_hidden(family):
         batch = play(envs.env_id, tasks, lambda _, obs, noise: torch.full((3, 1, 4), 0.3), 5)
         assert batch["obs"].shape == (3, 1, 5, 39) and (batch["obs"][..., -3:] == 0).all()
         assert (batch["obs"][..., :3] != 0).all()
-        assert all(simulator._target_pos.any() for simulator in envs.lanes)
-        assert len({type(simulator) for simulator in envs.lanes}) == min(3, len(classes))
+        assert all(simulator._target_pos.any() for simulator in lanes(envs))
+        assert len({type(simulator) for simulator in lanes(envs)}) == min(3, len(classes))
 
 
 @pytest.mark.filterwarnings("ignore:Constant:UserWarning")
@@ -95,7 +110,7 @@ def test_success_is_that_of_the_benchmark():
     tasks = envs.sample_tasks(2, np.random.default_rng(0))
 
     def act(_, obs, noise):
-        told = np.concatenate([obs[1, 0, :36], envs.lanes[1]._target_pos])
+        told = np.concatenate([obs[1, 0, :36], lanes(envs)[1]._target_pos])
         return torch.tensor(np.stack([np.zeros(4), expert.get_action(told)])).unsqueeze(1)
 
     assert episode_scores(play(ML1, tasks, act, 100))["success"].tolist() == [0, 1]
@@ -103,7 +118,8 @@ def test_success_is_that_of_the_benchmark():
 
 def test_simulators_are_used_again_and_remember_nothing(monkeypatch):
     """Three lanes go through five classes with two simulators of each, not with fifteen."""
-    monkeypatch.setattr(metaworld_tasks.MetaWorldEnvs, "idle", defaultdict(list))
+    here = metaworld_tasks.Simulators()
+    monkeypatch.setattr(metaworld_tasks.MetaWorldEnvs, "here", here)
     envs = make_envs(ML10, 3)
     tasks = envs.sample_test_tasks(5, np.random.default_rng(0))
     actions = np.random.default_rng(1).uniform(-1, 1, (20, 3, 4))
@@ -115,13 +131,13 @@ def test_simulators_are_used_again_and_remember_nothing(monkeypatch):
             obs, rewards, *_ = envs.step(action)
         expected = seen.setdefault(turn % 5, (obs, rewards))
         assert np.array_equal(obs, expected[0]) and np.array_equal(rewards, expected[1])
-    assert len(envs.lanes) + sum(map(len, envs.idle.values())) <= 10
+    assert len(lanes(envs)) + sum(map(len, here.idle.values())) <= 10
 
 
 def test_a_lane_ends_after_500_steps_and_stays():
     envs = make_envs(ML1, 2)
     envs.reset(options={"task": envs.sample_tasks(2, np.random.default_rng(0))})
-    envs.lanes[0].curr_path_length = envs.horizon - 1
+    lanes(envs)[0].curr_path_length = envs.horizon - 1
     last, rewards, terminated, truncated, _ = envs.step(np.ones((2, 4)))
     assert rewards.all() and not terminated.any() and truncated.tolist() == [True, False]
     obs, rewards, terminated, truncated, _ = envs.step(np.ones((2, 4)))
@@ -129,10 +145,135 @@ def test_a_lane_ends_after_500_steps_and_stays():
     assert np.array_equal(obs[0], last[0]) and not np.array_equal(obs[1], last[1])
 
 
-def test_a_tiny_run(train):
-    _, metrics = train(maml_trpo, env_id=ML1, horizon=5, total_timesteps=1)
+def test_rewards_of_version_1():
+    """They are other rewards for the same steps."""
+    envs, other = make_envs(ML1, 2), make_envs(f"{ML1}-reward-v1", 2)
+    tasks = envs.sample_tasks(2, np.random.default_rng(0))
+    told = []
+    for one in (envs, other):
+        one.reset(options={"task": tasks})
+        told.append(one.step(np.ones((2, 4))))
+        versions = {simulator.reward_function_version for simulator in lanes(one)}
+        assert versions == {"v2" if one is envs else "v1"}
+    assert np.array_equal(told[0][0], told[1][0]) and (told[0][4]["success"] == 0).all()
+    assert (told[0][1] < 10).all() and (told[1][1] != told[0][1]).all()
+    assert metaworld_tasks.MetaWorldEnvs(ML1, 1).reward == "v2"
+
+
+# ------------------------------------------------------------------------------ several processes
+
+
+@pytest.mark.parametrize("env_id, n", [(ML1, 9), (ML10, 12)])
+def test_the_number_of_processes_changes_no_number(env_id, n):
+    seen = []
+    for processes in (1, 2, 3):
+        torch.set_num_threads(processes)
+        envs = metaworld_tasks.MetaWorldEnvs(env_id, n)
+        torch.set_num_threads(1)
+        assert envs.processes == min(processes, n // 4)
+        rng = np.random.default_rng(0)
+        rows = []
+        for _ in range(2):
+            tasks = envs.sample_tasks(n // 3, rng).repeat(3, 0)
+            rows.append(envs.reset(options={"task": tasks})[0])
+            for _ in range(20):
+                *told, info = envs.step(rng.uniform(-1.5, 1.5, (n, 4)))
+                rows.append(np.column_stack([*told, info["success"]]))
+        envs.here.lanes[id(envs)][0].curr_path_length = 499  # a lane ends, in this process
+        for _ in range(2):
+            rows.append(np.column_stack(envs.step(np.ones((n, 4)))[:4]))
+        assert len(envs.helpers) >= envs.processes - 1
+        seen.append(np.hstack(rows))
+    metaworld_tasks.stop_helpers()
+    assert np.array_equal(seen[0], seen[1]) and np.array_equal(seen[0], seen[2])
+
+
+def test_how_lanes_are_shared_out(two_processes):
+    assert metaworld_tasks.MetaWorldEnvs(ML1, 7).processes == 1
+    envs = two_processes(ML10)
+    tasks = envs.sample_tasks(4, np.random.default_rng(0))
+    envs.reset(options={"task": np.concatenate([tasks, tasks])})
+    assert len({type(simulator) for simulator in lanes(envs)}) == 4  # a lane of each class
+
+
+def test_an_error_in_another_process_is_told(two_processes):
+    envs = two_processes()
+    tasks = envs.sample_tasks(8, np.random.default_rng(0))
+    envs.reset(options={"task": tasks})
+    good = envs._named(tasks[0])
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*in take.*KeyError: 'nothing-v3'"):
+        envs._everywhere("reset", [[good] * 4, [good._replace(env_name="nothing-v3")] * 4], "v2")
+    envs.reset(options={"task": tasks})  # with new processes
+    envs.helpers[0].kill()
+    with pytest.raises(RuntimeError, match="has died"):
+        envs.step(np.zeros((8, 4)))
+
+
+def test_no_process_outlives_the_one_that_started_it():
+    """Not even if that is killed: all who can write to its standard error are gone."""
+    source = f"""
+import numpy as np, time, torch, metaworld_tasks
+torch.set_num_threads(2)
+envs = metaworld_tasks.MetaWorldEnvs({ML1!r}, 8)
+envs.reset(options={{"task": envs.sample_tasks(8, np.random.default_rng(0))}})
+print(len(envs.helpers), flush=True)
+time.sleep(600)
+"""
+    folder = metaworld_tasks.__file__.removesuffix("metaworld_tasks.py")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    started = subprocess.Popen([sys.executable, "-c", source], cwd=folder, **pipes)
+    assert started.stdout.readline() == b"1\n"
+    started.kill()
+    started.communicate(timeout=60)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_tiny_run(train, num_threads):
+    flags = {"env_id": ML1, "horizon": 5, "total_timesteps": 1, "num_threads": num_threads}
+    _, metrics = train(maml_trpo, **flags)
+    assert len(metaworld_tasks.MetaWorldEnvs.helpers) == num_threads - 1
+    metaworld_tasks.stop_helpers()
     assert {"eval/success_after_0_episodes", "eval/success_after_2_episodes"} <= metrics.keys()
     assert metrics["charts/episodic_length"] == 5 and metrics["charts/episodic_return"] > 0
+
+
+def test_success_by_class(train, capsys):
+    """Of a run's file; copies of a task count once, and the mean over classes is not that over tasks."""
+    import plot
+
+    folder, _ = train(maml_trpo, env_id=ML1, horizon=5, total_timesteps=1)
+    train(maml_trpo, evaluate=folder)
+    capsys.readouterr()
+    plot.classes(str(folder / "evaluation.npz"))
+    row, mean = (rf"\| {name} \| 5 \| 0.00 \[0.00, 0.43\] \|" for name in (ML1[4:], "all classes"))
+    assert re.search(f"{row}.*\n{mean}", capsys.readouterr().out)
+
+    names = [task.env_name for task in metaworld_tasks.benchmark(ML10).test_tasks]
+    index = [
+        names.index(name) + i for name in ("door-close-v3", "lever-pull-v3") for i in (0, 0, 1)
+    ]
+    tasks = np.column_stack([np.ones(6), index])[:5]  # one of them is the only one of its class
+    success = np.array([[0, 0, 0, 0, 0], [1, 1, 0, 1, 1]])
+    np.savez(folder / "evaluation.npz", tasks=tasks, success=success)
+    plot.classes(str(folder / "evaluation.npz"), ML10)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| class | tasks | before | after 1 |"
+    low, high = plot.share_interval(0.5, 2)
+    assert lines[2].startswith("| door-close-v3 | 2 | 0.00 [0.00, ")
+    assert lines[2].endswith(f"| 0.50 [{low:.2f}, {high:.2f}] |")
+    assert lines[3].startswith("| lever-pull-v3 | 1 |") and "| 1.00 [" in lines[3]
+    assert lines[4].startswith("| all classes | 3 |") and "| 0.75 [" in lines[4]
+
+
+def test_wilsons_interval():
+    """Against its definition: the shares that are 1.96 standard errors away."""
+    import plot
+
+    low, high = plot.share_interval(np.array([0.3, 0.9]), 20)
+    for bound in (low, high):
+        distance = np.abs(bound - [0.3, 0.9]) / np.sqrt(bound * (1 - bound) / 20)
+        np.testing.assert_allclose(distance, 1.96)
+    assert plot.share_interval(0.0, 20)[0] == 0
 
 
 @pytest.mark.filterwarnings("ignore:Constant:UserWarning")
