@@ -28,6 +28,17 @@ from pathlib import Path
 
 import numpy as np
 
+# of Okabe and Ito: apart for those who see red and green alike
+COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"]
+
+
+def pyplot():
+    """matplotlib's, with these colours."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLORS)
+    return plt
+
 
 def to_csv(run: str, path: str, about: dict[str, str] | None = None):
     """eval/* tags of a run against global_step, one row per meta-test; about: comments for the top of the file."""
@@ -142,7 +153,7 @@ def episodes(tag: str) -> int:
 
 def curves(png: str, tag: str, paths: list[str]):
     """One panel; steps on a logarithmic axis."""
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     fig, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     labels = by_label(paths)
@@ -154,7 +165,7 @@ def curves(png: str, tag: str, paths: list[str]):
 
 def families(png: str, paths: list[str]):
     """A panel per family, of CSVs named FAMILY_LABEL_SEED.csv: each label's return after all its adaptation."""
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     panels = defaultdict(dict)
     for name, runs in by_label(paths).items():
@@ -190,7 +201,7 @@ def figure(png: str, paths: list[str], bounds: list[str] = ()):
 
     bounds: NAME=VALUE, drawn as dashed lines. Over seeds: left the interquartile mean and its interval, right each.
     """
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     runs = [read(path) for path in paths]
     tags = {episodes(tag): tag for tag in runs[0] if tag.startswith("eval/return_after_")}
@@ -283,7 +294,7 @@ def classes(npz: str, env_id: str = ""):
 
 def episodes_in_the_plane(png: str, npz: str):
     """Before adaptation and after its last step; the first two observations are x and y, a task is a goal."""
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     with np.load(npz) as file:
         goals = file["tasks"]
@@ -303,7 +314,7 @@ def episodes_in_the_plane(png: str, npz: str):
 
 def embedding(png: str, npz: str):
     """Embeddings (Z, M) in their two principal components, coloured by the last number of each task, its mode."""
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     with np.load(npz) as file:
         points, modes = file["embedding"], file["tasks"][:, -1]
