@@ -1,0 +1,65 @@
+"""Observations in units, in the three scripts whose policies are feed-forward and trained by their own returns."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+from conftest import load
+from plain import in_units
+from test_runs import scalars
+
+
+@pytest.fixture(params=["maml_trpo", "maesn", "mmaml"])
+def measured(request, train, monkeypatch):
+    """A run of one iteration, of ragged episodes: its folder, the policy as it was measured, and on what."""
+    script = importlib.import_module(request.param)
+    measure, seen = script.Policy.measure, []
+
+    def spy(policy, batch):
+        seen.append((copy.deepcopy(policy), batch))
+        measure(policy, batch)
+
+    monkeypatch.setattr(script.Policy, "measure", spy)
+    folder, _ = train(
+        script,
+        env_id="user_tasks:Dict-v0",
+        total_timesteps=1,
+        train_reward="dense",
+        test_reward="dense",
+    )
+    ((policy, batch),) = seen
+    return folder, policy, batch
+
+
+def test_the_first_iteration_measures_and_learns_nothing(measured):
+    folder, policy, batch = measured
+    valid = batch["obs"][batch["mask"] > 0]
+    assert len(valid) < batch["mask"].numel()
+    saved = load(folder)
+    state = saved.get("agent") or saved["meta"] | saved["units"]
+    state = {name.removeprefix("policy."): x for name, x in state.items()}
+    torch.testing.assert_close(state["obs_mean"], valid.mean(0))
+    torch.testing.assert_close(state["obs_std"], valid.std(0, unbiased=False))
+    assert all(torch.equal(state[name], p) for name, p in policy.named_parameters())
+    assert not [tag for tag in scalars(folder) if "losses/surrogate" in tag or "pg_loss" in tag]
+
+
+def test_what_the_net_is_given(measured):
+    """Nothing at first, then observations less their mean over their deviation, clipped to ±10."""
+    _, policy, batch = measured
+    obs = batch["obs"][batch["mask"] > 0]
+    obs[0], obs[1] = 1e6, -1e6
+    more = []
+    if type(policy).__module__ == "maesn":
+        more = [torch.ones(policy.net[0].in_features - obs.shape[1])]  # z
+    if type(policy).__module__ == "mmaml":
+        more = [torch.zeros(2, 2, policy.mean.in_features)]  # τ
+    assert torch.equal(policy(obs, *more), policy(0 * obs, *more))
+    policy.measure(batch)
+    standard = ((obs - policy.obs_mean) / policy.obs_std).clamp(-10, 10)
+    assert (standard[0] == 10).all() and (standard[1] == -10).all()
+    plain = copy.deepcopy(policy)
+    plain.obs_mean.zero_()
+    torch.testing.assert_close(policy(obs, *more), in_units(plain)(standard, *more))
+    assert not torch.equal(policy(obs, *more), policy(0 * obs, *more))
