@@ -58,7 +58,10 @@ def test_what_the_net_is_given(measured):
     assert torch.equal(policy(obs, *more), policy(0 * obs, *more))
     policy.measure(batch)
     standard = ((obs - policy.obs_mean) / policy.obs_std).clamp(-10, 10)
-    assert (standard[0] == 10).all() and (standard[1] == -10).all()
+    for row, bound in ((0, 10), (1, -10)):
+        at, within = (policy.obs_mean + x * policy.obs_std for x in (bound, 0.95 * bound))
+        torch.testing.assert_close(policy(obs[row], *more), policy(at, *more))
+        assert not torch.allclose(policy(at, *more), policy(within, *more))
     plain = copy.deepcopy(policy)
     plain.obs_mean.zero_()
     torch.testing.assert_close(policy(obs, *more), in_units(plain)(standard, *more))
