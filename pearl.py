@@ -1547,12 +1547,6 @@ def moments(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return mean, variance.sqrt()
 
 
-def spread(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """moments, but a standard deviation of 1 for what varies by no more than rounding."""
-    mean, std = moments(x, mask)
-    return mean, torch.where(std > 1e-5 * mean.abs(), std, 1)
-
-
 # <<< shared: moments
 # >>> shared: sac
 

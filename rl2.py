@@ -245,10 +245,7 @@ def act(agent, memory, obs, noise) -> tuple[dict, torch.Tensor]:
 
 
 def remember(agent, memory, state, step, alive, episode_over) -> tuple:
-    """memory before the next step, across the end of an episode too.
-
-    A lane whose episode is over waits for the others with what it had.
-    """
+    """memory before the next step, also of a new episode; a lane that waits keeps what it had."""
     feedback = agent.feedback(step["inputs"], step["actions"], step["rewards"], episode_over)
     alive = alive.unsqueeze(1)
     return torch.where(alive, state, memory[0]), torch.where(alive, feedback, memory[1])
@@ -305,11 +302,13 @@ def collect(agent, tasks, key, args, test=False, deterministic=False) -> tuple[d
     state = agent.initial_state(n)
     memory = state, state.new_zeros(n, agent.feedback_size)
     some_steps = graphed(play_episode, args) if envs.on_device else play_episode
-    placed = torch.as_tensor(tasks, dtype=state.dtype, device=state.device)
+    placed = tasks  # once, not for every episode
+    if envs.on_device:
+        placed = torch.as_tensor(tasks, dtype=state.dtype, device=state.device)
     blocks = []
     scores = {"return": state.new_zeros(n, episodes)}
     for episode in range(episodes):
-        obs = reset_lanes(envs, placed if envs.on_device else tasks, generator)
+        obs = reset_lanes(envs, placed, generator)
         require_finite({"next_obs": obs.unsqueeze(1)}, tasks, -1, args)
         alive = torch.ones(n, dtype=torch.bool, device=obs.device)
         tasks_state = {name: x for name, x in vars(envs).items() if torch.is_tensor(x)}
@@ -379,8 +378,7 @@ def ppo_steps(agent, optimizer, batch, orders, ent_coef, args) -> tuple[dict, to
             norms += nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             logged.append(parts)
-    stacked = {name: torch.stack([x[name] for x in logged]) for name in parts}
-    means = {name: all_reduce(x.mean()) for name, x in stacked.items()}
+    means = {name: all_reduce(torch.stack([x[name] for x in logged]).mean()) for name in parts}
     return means, norms
 
 
@@ -1593,13 +1591,17 @@ def moments(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return mean, variance.sqrt()
 
 
+# <<< shared: moments
+# >>> shared: spread
+
+
 def spread(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """moments, but a standard deviation of 1 for what varies by no more than rounding."""
     mean, std = moments(x, mask)
     return mean, torch.where(std > 1e-5 * mean.abs(), std, 1)
 
 
-# <<< shared: moments
+# <<< shared: spread
 # ==================================================================================================
 # The task families of the RL² paper, which only this script has.
 # ==================================================================================================
