@@ -166,18 +166,10 @@ class Policy(nn.Module):
         self.adapted = {"all": [*theta], "bias": ["bias"], "none": []}[args.adapt]
         step_sizes = [torch.full_like(theta[name], args.inner_lr) for name in self.adapted]
         self.step_sizes = nn.ParameterList(step_sizes)
-        self.register_buffer("obs_mean", torch.zeros(obs_size))
-        self.register_buffer("obs_std", torch.ones(obs_size))
-
-    def measure(self, obs: torch.Tensor):
-        """Mean and spread of obs (B, O) become the units of the input; a constant one keeps its."""
-        mean, std = moments(obs, torch.ones_like(obs[:, 0]))
-        self.obs_mean.copy_(mean)
-        self.obs_std.copy_(torch.where(std > 1e-3, std, 1))
+        self.units = Units(obs_size)  # those of the demonstrations
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        obs = ((obs - self.obs_mean) / self.obs_std).clamp(-10, 10)
-        mean = self.net(torch.cat([obs, self.bias.expand(*obs.shape[:-1], -1)], -1))
+        mean = self.net(torch.cat([self.units(obs), self.bias.expand(*obs.shape[:-1], -1)], -1))
         log_std = self.log_std.clamp(min=math.log(1e-6))  # the original's floor
         return torch.cat([mean, log_std.expand_as(mean)], -1)
 
@@ -312,8 +304,7 @@ def imitation_round(optimizer, data, policy, run, args) -> dict[str, float]:
         visited = collect(params, tasks, run.key("train", 3), policy, fewer)
         run.global_step += num_steps([visited])
         data.add(ids, visited)
-        metrics["charts/episodic_return"] = task_mean(episode_scores(visited)["return"])
-        metrics["charts/episodic_length"] = task_mean(visited["mask"].sum(-1))
+        metrics |= charts([batch, visited])
     run.lap("collect")
 
     # (5), (6) many steps on what inner_step reads of this one batch
@@ -390,7 +381,7 @@ def main(args: Args) -> dict[str, float]:
     sac, data = make_expert(envs, train_tasks, args, checkpoint.get("sac"))
     if args.demos and not checkpoint:
         data.fill(rows, mask)
-        policy.measure(data.states())
+        policy.units.measure(data.states())
 
     with Run(args, checkpoint) as run:
         if checkpoint:
@@ -901,6 +892,16 @@ def episode_scores(batch, mean_actions: dict | None = None) -> dict[str, torch.T
     return scores
 
 
+def charts(batches) -> dict[str, float]:
+    """charts/*, of an iteration's first batch, before adaptation, and of its last, after it."""
+    first, last = batches[0], batches[-1]
+    return {
+        "charts/pre_adaptation_return": task_mean(episode_scores(first)["return"]),
+        "charts/episodic_return": task_mean(episode_scores(last)["return"]),
+        "charts/episodic_length": task_mean(last["mask"].sum(-1)),
+    }
+
+
 # <<< shared: rollout
 # >>> shared: graphs
 
@@ -969,7 +970,7 @@ def capture(function, inputs) -> tuple:
 # <<< shared: graphs
 # >>> shared: run
 
-FORMAT = 4  # of checkpoints; commit 3629d7c reads 3, e70b381 2, 2d14005 those without a number
+FORMAT = 5  # of checkpoints; commit 663dc29 reads 4, 3629d7c 3, e70b381 2, 2d14005 unnumbered
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "cudagraphs", "tf32", "num_threads"}
 MAY_CHANGE |= {"eval_every", "checkpoint_every", "track"}
 
@@ -1596,8 +1597,11 @@ def gae(rewards, values, mask, gamma: float, gae_lambda: float) -> torch.Tensor:
 # >>> shared: moments
 
 
-def moments(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (...) of x (*mask.shape, ...) where mask is 1, over all ranks."""
+def moments(x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """Mean and standard deviation (...) of x (*mask.shape, ...) where mask is 1, over all ranks;
+    without a mask, of the rows of x (B, ...).
+    """
+    mask = x.new_ones(len(x)) if mask is None else mask
     dims = tuple(range(mask.ndim))
     weight = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
     count = all_reduce(mask.sum())
@@ -1607,6 +1611,36 @@ def moments(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 # <<< shared: moments
+# >>> shared: units
+
+
+def spread(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """moments, but a standard deviation of 1 for what varies by no more than rounding."""
+    mean, std = moments(x, mask)
+    return mean, torch.where(std > 1e-5 * mean.abs(), std, 1)
+
+
+class Units(nn.Module):
+    """What a network reads of x (..., *shape): x less its mean, over its standard deviation, within
+    ±10. Until they are measured it is 0.
+    """
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.full(shape, torch.inf))
+
+    def measure(self, x: torch.Tensor, mask: torch.Tensor | None = None):
+        """Those of x (*mask.shape, *shape) become the units; mask: see moments."""
+        mean, std = spread(x, mask)
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x - self.mean) / self.std).clamp(-10, 10)
+
+
+# <<< shared: units
 # >>> shared: baseline
 
 
@@ -1817,8 +1851,8 @@ def reward_unit(replay: Replay, columns: dict[str, int]) -> torch.Tensor:
     """Standard deviation of the dense rewards in all ranks' replays, at least a tenth of their
     mean; 1 if all are 0.
     """
-    rewards = from_rows(replay.rows[replay.filled()], columns)["dense_rewards"].double()
-    mean, std = moments(rewards, torch.ones_like(rewards))
+    rewards = from_rows(replay.rows[replay.filled()], columns)["dense_rewards"].double().flatten()
+    mean, std = moments(rewards)
     unit = torch.maximum(std, mean.abs() / 10)  # or rewards that hardly vary would become large
     return torch.where(unit > 0, unit, 1)
 
@@ -1857,7 +1891,7 @@ def expert_iteration(sac, data, policy, run, args) -> dict[str, float]:
         batch = rollout(data.noisy_act, data.told, data.tasks, episodes, run.key("train", 1), once)
         run.global_step += num_steps([batch])
         data.add(data.ids, batch)
-        policy.measure(data.states())
+        policy.units.measure(data.states())
         metrics["expert/demonstration_return"] = task_mean(episode_scores(batch)["return"])
         run.lap("collect")
         if sac:

@@ -145,18 +145,10 @@ class Policy(nn.Module):
         self.net[-1].weight.data *= 0.1  # small actions at first
         if not self.discrete:
             self.log_std = nn.Parameter(torch.full((out_size,), math.log(args.init_std)))
-        # units, which main measures; until then observations are 0 to the net
-        self.register_buffer("obs_mean", torch.zeros(obs_size))
-        self.register_buffer("obs_std", torch.full((obs_size,), torch.inf))
-
-    def measure(self, batch):
-        """The batch's means and standard deviations become the units of observations."""
-        mean, std = spread(batch["obs"], batch["mask"])
-        self.obs_mean.copy_(mean)
-        self.obs_std.copy_(std)
+        self.units = Units(obs_size)  # which main measures
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        out = self.net(((obs - self.obs_mean) / self.obs_std).clamp(-10, 10))
+        out = self.net(self.units(obs))
         if self.discrete:
             return out
         log_std = self.log_std.clamp(min=math.log(1e-6))  # the original's floor
@@ -310,8 +302,8 @@ def main(args: Args) -> dict[str, float]:
         log_lr = math.log(args.inner_lr)
         meta |= {f"log_lr.{name}": torch.full_like(p, log_lr) for name, p in meta.items()}
     meta = restore(meta, checkpoint.get("meta"))
-    units = restore(dict(policy.named_buffers()), checkpoint.get("units"))
-    policy.load_state_dict(policy.state_dict() | units)
+    units = restore(policy.units.state_dict(), checkpoint.get("units"))
+    policy.units.load_state_dict(units)
     policy.to(device)
 
     if args.evaluate:
@@ -336,7 +328,7 @@ def main(args: Args) -> dict[str, float]:
 
             losses = {}
             if run.iteration == 1:  # its episodes are for the units alone
-                policy.measure(batches[0])
+                policy.units.measure(batches[0]["obs"], batches[0]["mask"])
             else:
                 # (6)-(8) meta-update
                 vector = parameters_to_vector(meta.values())
@@ -349,19 +341,15 @@ def main(args: Args) -> dict[str, float]:
             run.global_step += num_steps(batches)
             outer_batch = batches[-1]
             entropy = distribution(outer_batch["dist_params"], policy.discrete).entropy()
-            metrics = losses | {
-                "losses/entropy": task_mean(masked_mean(entropy, outer_batch["mask"], (1, 2))),
-                "charts/pre_adaptation_return": task_mean(episode_scores(batches[0])["return"]),
-                "charts/episodic_return": task_mean(episode_scores(outer_batch)["return"]),
-                "charts/episodic_length": task_mean(outer_batch["mask"].sum(-1)),
-            }
+            entropy = task_mean(masked_mean(entropy, outer_batch["mask"], (1, 2)))
+            metrics = losses | {"losses/entropy": entropy} | charts(batches)
             if run.due(args.eval_every):
                 scores, episodes = evaluate(meta, test_tasks, policy, args)
                 metrics |= report(scores, test_tasks, args)
                 run.lap("eval")
             run.log(metrics)
             if run.saving():
-                run.save(meta=meta, units=dict(policy.named_buffers()))
+                run.save(meta=meta, units=policy.units.state_dict())
     if run.complete:
         report(scores, test_tasks, args, episodes)
     return run.metrics
@@ -844,6 +832,16 @@ def episode_scores(batch, mean_actions: dict | None = None) -> dict[str, torch.T
     return scores
 
 
+def charts(batches) -> dict[str, float]:
+    """charts/*, of an iteration's first batch, before adaptation, and of its last, after it."""
+    first, last = batches[0], batches[-1]
+    return {
+        "charts/pre_adaptation_return": task_mean(episode_scores(first)["return"]),
+        "charts/episodic_return": task_mean(episode_scores(last)["return"]),
+        "charts/episodic_length": task_mean(last["mask"].sum(-1)),
+    }
+
+
 # <<< shared: rollout
 # >>> shared: graphs
 
@@ -912,7 +910,7 @@ def capture(function, inputs) -> tuple:
 # <<< shared: graphs
 # >>> shared: run
 
-FORMAT = 4  # of checkpoints; commit 3629d7c reads 3, e70b381 2, 2d14005 those without a number
+FORMAT = 5  # of checkpoints; commit 663dc29 reads 4, 3629d7c 3, e70b381 2, 2d14005 unnumbered
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "cudagraphs", "tf32", "num_threads"}
 MAY_CHANGE |= {"eval_every", "checkpoint_every", "track"}
 
@@ -1691,8 +1689,11 @@ def meta_update(vector, data, dist_of, policy, args, penalty=None) -> tuple[torc
 # >>> shared: moments
 
 
-def moments(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (...) of x (*mask.shape, ...) where mask is 1, over all ranks."""
+def moments(x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """Mean and standard deviation (...) of x (*mask.shape, ...) where mask is 1, over all ranks;
+    without a mask, of the rows of x (B, ...).
+    """
+    mask = x.new_ones(len(x)) if mask is None else mask
     dims = tuple(range(mask.ndim))
     weight = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
     count = all_reduce(mask.sum())
@@ -1702,16 +1703,36 @@ def moments(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 # <<< shared: moments
-# >>> shared: spread
+# >>> shared: units
 
 
-def spread(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def spread(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """moments, but a standard deviation of 1 for what varies by no more than rounding."""
     mean, std = moments(x, mask)
     return mean, torch.where(std > 1e-5 * mean.abs(), std, 1)
 
 
-# <<< shared: spread
+class Units(nn.Module):
+    """What a network reads of x (..., *shape): x less its mean, over its standard deviation, within
+    ±10. Until they are measured it is 0.
+    """
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.full(shape, torch.inf))
+
+    def measure(self, x: torch.Tensor, mask: torch.Tensor | None = None):
+        """Those of x (*mask.shape, *shape) become the units; mask: see moments."""
+        mean, std = spread(x, mask)
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x - self.mean) / self.std).clamp(-10, 10)
+
+
+# <<< shared: units
 
 main = restoring(main)
 

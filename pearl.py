@@ -418,11 +418,7 @@ def main(args: Args) -> dict[str, float]:
             run.lap("update")
 
             # log, (7) meta-test, save
-            metrics = losses | {
-                "charts/pre_adaptation_return": task_mean(episode_scores(rounds[0])["return"]),
-                "charts/episodic_return": task_mean(episode_scores(rounds[-1])["return"]),
-                "charts/episodic_length": task_mean(rounds[-1]["mask"].sum(-1)),
-            }
+            metrics = losses | charts(rounds)
             if run.due(args.eval_every):
                 scores, episodes = evaluate(test_tasks, agent, args)
                 metrics |= report(scores, test_tasks, args)
@@ -914,6 +910,16 @@ def episode_scores(batch, mean_actions: dict | None = None) -> dict[str, torch.T
     return scores
 
 
+def charts(batches) -> dict[str, float]:
+    """charts/*, of an iteration's first batch, before adaptation, and of its last, after it."""
+    first, last = batches[0], batches[-1]
+    return {
+        "charts/pre_adaptation_return": task_mean(episode_scores(first)["return"]),
+        "charts/episodic_return": task_mean(episode_scores(last)["return"]),
+        "charts/episodic_length": task_mean(last["mask"].sum(-1)),
+    }
+
+
 # <<< shared: rollout
 # >>> shared: graphs
 
@@ -982,7 +988,7 @@ def capture(function, inputs) -> tuple:
 # <<< shared: graphs
 # >>> shared: run
 
-FORMAT = 4  # of checkpoints; commit 3629d7c reads 3, e70b381 2, 2d14005 those without a number
+FORMAT = 5  # of checkpoints; commit 663dc29 reads 4, 3629d7c 3, e70b381 2, 2d14005 unnumbered
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "cudagraphs", "tf32", "num_threads"}
 MAY_CHANGE |= {"eval_every", "checkpoint_every", "track"}
 
@@ -1537,8 +1543,11 @@ def adam(parameters, lr: float, args, saved: dict | None = None, eps=1e-8) -> to
 # >>> shared: moments
 
 
-def moments(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (...) of x (*mask.shape, ...) where mask is 1, over all ranks."""
+def moments(x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """Mean and standard deviation (...) of x (*mask.shape, ...) where mask is 1, over all ranks;
+    without a mask, of the rows of x (B, ...).
+    """
+    mask = x.new_ones(len(x)) if mask is None else mask
     dims = tuple(range(mask.ndim))
     weight = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
     count = all_reduce(mask.sum())
@@ -1726,8 +1735,8 @@ def reward_unit(replay: Replay, columns: dict[str, int]) -> torch.Tensor:
     """Standard deviation of the dense rewards in all ranks' replays, at least a tenth of their
     mean; 1 if all are 0.
     """
-    rewards = from_rows(replay.rows[replay.filled()], columns)["dense_rewards"].double()
-    mean, std = moments(rewards, torch.ones_like(rewards))
+    rewards = from_rows(replay.rows[replay.filled()], columns)["dense_rewards"].double().flatten()
+    mean, std = moments(rewards)
     unit = torch.maximum(std, mean.abs() / 10)  # or rewards that hardly vary would become large
     return torch.where(unit > 0, unit, 1)
 

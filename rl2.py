@@ -184,20 +184,10 @@ class Agent(nn.Module):
         if not self.discrete:
             self.log_std = nn.Parameter(torch.full((self.action_size,), math.log(args.init_std)))
         # units, which main measures; until then observations and rewards are 0 in an input
-        self.register_buffer("obs_mean", torch.zeros(obs_size))
-        self.register_buffer("obs_std", torch.full((obs_size,), torch.inf))
-        self.register_buffer("reward_mean", torch.zeros(()))
-        self.register_buffer("reward_std", torch.tensor(torch.inf))
-        self.register_buffer("value_mean", torch.zeros(()))
-        self.register_buffer("value_std", torch.ones(()))
-
-    def measure(self, batch, returns):
-        """The batch's means and standard deviations become the units."""
-        measured = {"obs": batch["obs"], "reward": batch["rewards"], "value": returns}
-        for name, x in measured.items():
-            mean, std = spread(x, batch["mask"])
-            getattr(self, f"{name}_mean").copy_(mean)
-            getattr(self, f"{name}_std").copy_(std)
+        self.obs_units = Units(obs_size)
+        self.reward_units = Units()
+        self.value_units = Units()
+        self.value_units.std.fill_(1)
 
     def initial_state(self, n: int) -> torch.Tensor:
         nets = 2 if self.value_memory else 1
@@ -208,7 +198,7 @@ class Agent(nn.Module):
         if self.discrete:
             choices = torch.arange(self.action_size, device=actions.device)
             actions = (actions.unsqueeze(1) == choices).to(rewards)
-        rewards = ((rewards - self.reward_mean) / self.reward_std).clamp(-10, 10)
+        rewards = self.reward_units(rewards)
         obs = inputs[:, : self.last_obs_size]
         return torch.cat([actions.clamp(-1, 1), rewards[:, None], episode_over[:, None], obs], -1)
 
@@ -219,7 +209,8 @@ class Agent(nn.Module):
         if self.value_memory:
             value_features, value_after = self.value_memory(inputs, state[1:])
             after = torch.cat([after, value_after])
-        values = self.critic(value_features).squeeze(-1) * self.value_std + self.value_mean
+        values = self.critic(value_features).squeeze(-1)
+        values = values * self.value_units.std + self.value_units.mean
         dist_params = self.actor(features)
         if not self.discrete:
             dist_params = torch.cat([dist_params, self.log_std.expand_as(dist_params)], -1)
@@ -235,8 +226,7 @@ def act(agent, memory, obs, noise) -> tuple[dict, torch.Tensor]:
     memory: the state before (1, N, H), and feedback of the last step (N, F); noise (N, A).
     """
     state, feedback = memory
-    obs_in_units = ((obs - agent.obs_mean) / agent.obs_std).clamp(-10, 10)
-    inputs = torch.cat([obs_in_units, feedback], -1)
+    inputs = torch.cat([agent.obs_units(obs), feedback], -1)
     dist_params, values, state = agent(inputs.unsqueeze(1), state)
     actions = draw_actions(dist_params[:, 0], noise, agent.discrete)
     logprobs = distribution(dist_params[:, 0], agent.discrete).log_prob(actions)
@@ -347,7 +337,7 @@ def ppo_loss(agent, batch, count, ent_coef, args) -> tuple[torch.Tensor, dict]:
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     terms = {
         "pg_loss": -torch.min(ratio * batch["advantages"], clipped * batch["advantages"]),
-        "value_loss": 0.5 * ((values - batch["returns"]) / agent.value_std) ** 2,
+        "value_loss": 0.5 * ((values - batch["returns"]) / agent.value_units.std) ** 2,
         "entropy": policy.entropy(),
         "approx_kl": ratio - 1 - logratio,  # Schulman's estimate
         "clipfrac": ((ratio - 1).abs() > args.clip_coef).to(ratio.dtype),
@@ -462,12 +452,14 @@ def main(args: Args) -> dict[str, float]:
             losses = {}
             if run.iteration == 1:  # its trials are for the units alone
                 returns = discounted_sum(batch["rewards"], args.gamma)
-                agent.measure(batch, returns)
+                agent.obs_units.measure(batch["obs"], batch["mask"])
+                agent.reward_units.measure(batch["rewards"], batch["mask"])
+                agent.value_units.measure(returns, batch["mask"])
             else:
                 # (3) advantages over the whole trial
                 rewards, values = batch["rewards"], batch["values"]
                 advantages = gae(rewards, values, batch["mask"], args.gamma, args.gae_lambda)
-                mean, std = 0, agent.value_std
+                mean, std = 0, agent.value_units.std
                 if args.normalize_advantage:
                     mean, std = spread(advantages, batch["mask"])
                 batch["advantages"] = (advantages - mean) / std
@@ -954,7 +946,7 @@ def capture(function, inputs) -> tuple:
 # <<< shared: graphs
 # >>> shared: run
 
-FORMAT = 4  # of checkpoints; commit 3629d7c reads 3, e70b381 2, 2d14005 those without a number
+FORMAT = 5  # of checkpoints; commit 663dc29 reads 4, 3629d7c 3, e70b381 2, 2d14005 unnumbered
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "cudagraphs", "tf32", "num_threads"}
 MAY_CHANGE |= {"eval_every", "checkpoint_every", "track"}
 
@@ -1581,8 +1573,11 @@ def gae(rewards, values, mask, gamma: float, gae_lambda: float) -> torch.Tensor:
 # >>> shared: moments
 
 
-def moments(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (...) of x (*mask.shape, ...) where mask is 1, over all ranks."""
+def moments(x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """Mean and standard deviation (...) of x (*mask.shape, ...) where mask is 1, over all ranks;
+    without a mask, of the rows of x (B, ...).
+    """
+    mask = x.new_ones(len(x)) if mask is None else mask
     dims = tuple(range(mask.ndim))
     weight = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
     count = all_reduce(mask.sum())
@@ -1592,16 +1587,36 @@ def moments(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 # <<< shared: moments
-# >>> shared: spread
+# >>> shared: units
 
 
-def spread(x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def spread(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """moments, but a standard deviation of 1 for what varies by no more than rounding."""
     mean, std = moments(x, mask)
     return mean, torch.where(std > 1e-5 * mean.abs(), std, 1)
 
 
-# <<< shared: spread
+class Units(nn.Module):
+    """What a network reads of x (..., *shape): x less its mean, over its standard deviation, within
+    ±10. Until they are measured it is 0.
+    """
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.full(shape, torch.inf))
+
+    def measure(self, x: torch.Tensor, mask: torch.Tensor | None = None):
+        """Those of x (*mask.shape, *shape) become the units; mask: see moments."""
+        mean, std = spread(x, mask)
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x - self.mean) / self.std).clamp(-10, 10)
+
+
+# <<< shared: units
 # ==================================================================================================
 # The task families of the RL² paper, which only this script has.
 # ==================================================================================================

@@ -54,10 +54,10 @@ def main(args: argparse.Namespace):
         embedding_size=args.embedding_size,
     )
     agent = Agent(10, envs.single_action_space, EPISODES * STEPS, play)
-    agent.obs_mean.fill_(0.1)
-    agent.obs_std.fill_(0.33)
-    agent.reward_mean.fill_(1)
-    agent.reward_std.fill_(1.41)
+    agent.obs_units.mean.fill_(0.1)
+    agent.obs_units.std.fill_(0.33)
+    agent.reward_units.mean.fill_(1)
+    agent.reward_units.std.fill_(1.41)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate)
     iterations = args.steps // (TRIALS * EPISODES * STEPS)
     for iteration in range(iterations + 1):

@@ -20,7 +20,7 @@ def double_precision():
 
 def in_units(agent):
     """A new policy, or an agent with one, to which observations are of mean 0 and deviation 1 as they are."""
-    getattr(agent, "policy", agent).obs_std.fill_(1)
+    getattr(agent, "policy", agent).units.std.fill_(1)
     return agent
 
 

@@ -18,6 +18,7 @@ from conftest import load
 from plain import (
     central_differences,
     double_precision,
+    in_units,
     log_density,
     make_batch,
     of_task,
@@ -454,8 +455,8 @@ def test_the_units_of_observations(double):
     policy = module.Policy(3, 2, module.Args(hidden_size=6, bias_size=3))
     obs = torch.randn(50, 3) * 5 + 2
     obs[:, 2] = 4
-    plain = copy.deepcopy(policy)  # its units are 1
-    policy.measure(obs)
+    plain = in_units(copy.deepcopy(policy))
+    policy.units.measure(obs)
     scaled = (obs - obs.mean(0)) / torch.tensor([*obs[:, :2].std(0, correction=0), 1])
     torch.testing.assert_close(policy(obs), plain(scaled))
     far = torch.full((1, 3), 1e6)
@@ -569,7 +570,7 @@ def test_demonstrations_from_a_file(train, tmp_path):
     np.testing.assert_array_equal(state["own"]["data"]["rows"], rows[mask].astype(np.float32))
     assert "sac" not in state and "sac" not in state["own"]
     np.testing.assert_array_equal(state["tasks"], arrays["tasks"])
-    units = np.stack([state["policy"]["obs_mean"], state["policy"]["obs_std"]])
+    units = np.stack([state["policy"]["units.mean"], state["policy"]["units.std"]])
     obs = arrays["observations"]
     np.testing.assert_allclose(units, [obs.mean(0), obs.std(0)], rtol=1e-5)
     assert "charts/episodic_return" not in metrics and "charts/pre_adaptation_return" in metrics

@@ -635,7 +635,7 @@ def run_of(exp_name):
 
 def test_probe_is_learned(probe):
     """Of 1 at most; blind before adaptation, as are episodes without it."""
-    scores = probe()
+    scores = probe(total_timesteps=40_000)
     assert scores["eval/return_after_60_episodes"] > 0.7
     assert scores["eval/return_after_0_episodes"] == pytest.approx(0, abs=0.15)
     blind = probe(inner_lr=1e-9, sigma_lr=1e-9)

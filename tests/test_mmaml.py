@@ -704,7 +704,7 @@ def test_main_is_these_functions_in_turn(train, kind):
         keys = [("train", iteration, k) for k in range(3)]
         batches, _, _ = module.adapt(agent, tasks, keys, args)
         if iteration == 1:
-            agent.policy.measure(batches[0])
+            agent.policy.units.measure(batches[0]["obs"], batches[0]["mask"])
     module.promp_update(agent, optimizer, batches, tasks, args)
     for name, x in agent.state_dict().items():
         assert torch.equal(saved["agent"][name], x), name

@@ -42,12 +42,17 @@ def double_precision():
 RAGGED = ["user_tasks:Matrix-v0", "user_tasks:Discrete-v0"]
 
 
+def set_units(units, mean, std):
+    units.mean.copy_(torch.tensor(mean))
+    units.std.copy_(torch.tensor(std))
+
+
 def make_agent(envs, args):
     agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space, 30, args)
     for p in agent.parameters():  # as if trained: every path matters
         nn.init.normal_(p, std=0.5)
-    agent.obs_std.fill_(1)
-    agent.reward_mean, agent.reward_std = torch.tensor(-0.5), torch.tensor(0.25)
+    agent.obs_units.std.fill_(1)
+    set_units(agent.reward_units, -0.5, 0.25)
     return agent
 
 
@@ -85,7 +90,7 @@ def test_what_the_policy_sees(env_id, embedding_size):
     """
     agent, batch, scores = play(env_id, embedding_size=embedding_size)
     last_size = agent.action_size + 2
-    obs_size = agent.obs_mean.numel()
+    obs_size = agent.obs_units.mean.numel()
     last_obs = batch["inputs"][..., obs_size + last_size :]
     assert last_obs.shape[-1] == (obs_size if embedding_size else 0) and (last_obs[:, 0] == 0).all()
     ragged = env_id != "PointRobot-v0"
@@ -302,14 +307,14 @@ def test_the_units_of_observations_rewards_and_values(train):
         assert torch.equal(first[name], p) and not torch.equal(later[name], p)
     for saved in (first, later):
         torch.testing.assert_close(
-            torch.stack([saved["obs_mean"], saved["obs_std"]]),
+            torch.stack([saved["obs_units.mean"], saved["obs_units.std"]]),
             torch.stack([obs.mean(0), obs.std(0, correction=0)]),
         )
         for name, x in (("reward", rewards), ("value", returns)):
-            torch.testing.assert_close(saved[f"{name}_mean"], x.mean())
-            torch.testing.assert_close(saved[f"{name}_std"], x.std(correction=0))
-    agent.obs_mean[:], agent.obs_std[:] = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1e-3])
-    agent.value_mean, agent.value_std = torch.tensor(5.0), torch.tensor(7.0)
+            torch.testing.assert_close(saved[f"{name}_units.mean"], x.mean())
+            torch.testing.assert_close(saved[f"{name}_units.std"], x.std(correction=0))
+    set_units(agent.obs_units, [1, 2], [3, 1e-3])
+    set_units(agent.value_units, 5, 7)
     scaled, _ = collect(agent, tasks, ("train", 1), replace(args, horizon=1, episodes_per_task=1))
     starts = batch["obs"][:, 0]
     torch.testing.assert_close(scaled["inputs"][:, 0, 0], (starts[:, 0] - 1) / 3)
@@ -354,7 +359,7 @@ def test_learning_does_not_depend_on_units(train, pay, length, normalize_advanta
 
 def prepared(env_id, **flags):
     agent, batch, scores = play(env_id, **flags)
-    agent.value_mean, agent.value_std = torch.tensor(0.3), torch.tensor(2.0)
+    set_units(agent.value_units, 0.3, 2)
     batch["advantages"], batch["returns"] = torch.randn(2, *batch["mask"].shape)
     batch["logprobs"] = batch["logprobs"] + 0.4 * torch.randn(
         batch["mask"].shape

@@ -14,13 +14,19 @@ from test_runs import scalars
 def measured(request, train, monkeypatch):
     """A run of one iteration, of ragged episodes: its folder, the policy as it was measured, and on what."""
     script = importlib.import_module(request.param)
-    measure, seen = script.Policy.measure, []
+    make, measure, made, seen = script.Policy.__init__, script.Units.measure, [], []
 
-    def spy(policy, batch):
-        seen.append((copy.deepcopy(policy), batch))
-        measure(policy, batch)
+    def spy_on_policy(policy, *given):
+        make(policy, *given)
+        made.append(policy)
 
-    monkeypatch.setattr(script.Policy, "measure", spy)
+    def spy(units, obs, mask):
+        (policy,) = made
+        seen.append((copy.deepcopy(policy), obs, mask))
+        measure(units, obs, mask)
+
+    monkeypatch.setattr(script.Policy, "__init__", spy_on_policy)
+    monkeypatch.setattr(script.Units, "measure", spy)
     folder, _ = train(
         script,
         env_id="user_tasks:Dict-v0",
@@ -28,27 +34,29 @@ def measured(request, train, monkeypatch):
         train_reward="dense",
         test_reward="dense",
     )
-    ((policy, batch),) = seen
-    return folder, policy, batch
+    ((policy, obs, mask),) = seen
+    return folder, policy, obs, mask
 
 
 def test_the_first_iteration_measures_and_learns_nothing(measured):
-    folder, policy, batch = measured
-    valid = batch["obs"][batch["mask"] > 0]
-    assert len(valid) < batch["mask"].numel()
+    folder, policy, obs, mask = measured
+    valid = obs[mask > 0]
+    assert len(valid) < mask.numel()
     saved = load(folder)
-    state = saved.get("agent") or saved["meta"] | saved["units"]
+    units = {f"units.{name}": x for name, x in saved.get("units", {}).items()}
+    state = saved.get("agent") or saved["meta"] | units
     state = {name.removeprefix("policy."): x for name, x in state.items()}
-    torch.testing.assert_close(state["obs_mean"], valid.mean(0))
-    torch.testing.assert_close(state["obs_std"], valid.std(0, unbiased=False))
+    torch.testing.assert_close(state["units.mean"], valid.mean(0))
+    torch.testing.assert_close(state["units.std"], valid.std(0, unbiased=False))
     assert all(torch.equal(state[name], p) for name, p in policy.named_parameters())
     assert not [tag for tag in scalars(folder) if "losses/surrogate" in tag or "pg_loss" in tag]
 
 
 def test_what_the_net_is_given(measured):
     """Nothing at first, then observations less their mean over their deviation, clipped to ±10."""
-    _, policy, batch = measured
-    obs = batch["obs"][batch["mask"] > 0]
+    _, policy, obs, mask = measured
+    given = (obs, mask)
+    obs = obs[mask > 0]
     obs[0], obs[1] = 1e6, -1e6
     more = []
     if type(policy).__module__ == "maesn":
@@ -56,13 +64,14 @@ def test_what_the_net_is_given(measured):
     if type(policy).__module__ == "mmaml":
         more = [torch.zeros(2, 2, policy.mean.in_features)]  # τ
     assert torch.equal(policy(obs, *more), policy(0 * obs, *more))
-    policy.measure(batch)
-    standard = ((obs - policy.obs_mean) / policy.obs_std).clamp(-10, 10)
+    policy.units.measure(*given)
+    mean, std = policy.units.mean, policy.units.std
+    standard = ((obs - mean) / std).clamp(-10, 10)
     for row, bound in ((0, 10), (1, -10)):
-        at, within = (policy.obs_mean + x * policy.obs_std for x in (bound, 0.95 * bound))
+        at, within = (mean + x * std for x in (bound, 0.95 * bound))
         torch.testing.assert_close(policy(obs[row], *more), policy(at, *more))
         assert not torch.allclose(policy(at, *more), policy(within, *more))
     plain = copy.deepcopy(policy)
-    plain.obs_mean.zero_()
+    plain.units.mean.zero_()
     torch.testing.assert_close(policy(obs, *more), in_units(plain)(standard, *more))
     assert not torch.equal(policy(obs, *more), policy(0 * obs, *more))
