@@ -1795,6 +1795,9 @@ def from_rows(rows: torch.Tensor, columns: dict[str, int]) -> dict[str, torch.Te
     return dict(zip(columns, rows.split([*columns.values()], -1), strict=True))
 
 
+LONG = 1000  # steps of an episode, at most, that room is made for: a limit may be far beyond
+
+
 class Replay:
     """Per task the last `capacity` transitions, each a row of `width` numbers, on the device.
 
@@ -1803,6 +1806,7 @@ class Replay:
 
     def __init__(self, num_tasks, capacity, width, device, flag: str):
         self.capacity = capacity
+        self.flag = flag
         self.bytes = num_tasks * capacity * width * torch.get_default_dtype().itemsize
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if device.type == "cuda":
@@ -1815,6 +1819,9 @@ class Replay:
 
     def add(self, ids: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor):
         """Append rows (N, B, W) where mask (N, B) is 1 to the different tasks ids (N,)."""
+        most = int(mask.sum(1).max())
+        if most > self.capacity:
+            fail(f"{self.flag} {self.capacity}: less than the {most} steps of a task at once")
         position = self.count[ids].unsqueeze(1) + mask.long().cumsum(1) - 1
         self.rows[self.index(ids, position)[mask > 0]] = rows[mask > 0]
         self.count[ids] += mask.long().sum(1)
@@ -1892,6 +1899,9 @@ def expert_iteration(sac, data, policy, run, args) -> dict[str, float]:
         run.global_step += num_steps([batch])
         data.add(data.ids, batch)
         policy.units.measure(data.states())
+        if run.complete:
+            used_up = f"the expert has used up {run.global_step}, give more"
+            fail(f"--total-timesteps {args.total_timesteps}: {used_up}")
         metrics["expert/demonstration_return"] = task_mean(episode_scores(batch)["return"])
         run.lap("collect")
         if sac:
@@ -1924,7 +1934,7 @@ class SacExpert:
         self.columns |= {"next_obs": obs_size, "terminated": 1}
         own = len(tasks) // ranks()[1]
         capacity = math.ceil(args.expert_timesteps / len(tasks))
-        capacity += args.expert_episodes * args.horizon  # of the iteration that goes beyond
+        capacity += args.expert_episodes * min(args.horizon, LONG)  # of what goes beyond
         width = sum(self.columns.values())
         self.replay = Replay(own, capacity, width, tasks.device, "--expert-timesteps")
 
@@ -2121,11 +2131,11 @@ def check_flags(envs, args):
         fail(f"--importance-clip {args.importance_clip}: must be 0, or 1 or more")
     if bool(args.demos) != (args.expert == "demos"):
         fail("--expert demos and --demos FILE go together")
-    episodes = args.expert_episodes * args.horizon  # steps in a task at once, at most
-    steps = args.num_train_tasks * episodes
-    least = {"sac": args.expert_timesteps + 2 * steps, "scripted": steps + 1, "demos": 1}
-    if args.total_timesteps < least[args.expert] and not args.evaluate:
-        used_up = f"the expert can use them up, give {least[args.expert]} or more"
+    episodes = args.expert_episodes * min(args.horizon, LONG)  # steps in a task at once
+    steps = min(args.num_train_tasks * episodes, args.expert_timesteps)
+    least = args.expert_timesteps + 2 * steps
+    if args.expert == "sac" and args.total_timesteps < least and not args.evaluate:
+        used_up = f"the expert can use them up, give {least} or more"
         fail(f"--total-timesteps {args.total_timesteps}: {used_up}")
     if args.dataset_size < episodes and not (args.demos or args.evaluate):
         few = f"less than the {episodes} states of a task that are added at once"

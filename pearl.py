@@ -277,7 +277,8 @@ def explore(phases, ids, experience, reach, key, agent, args) -> list[dict]:
             rows, mask = to_rows(batch, experience.columns)
             replay.add(ids, rows, mask)
             if phase != "extra":
-                window[ids, 1] += mask.sum(1).long()
+                length = window[ids, 1] + mask.sum(1).long()
+                window[ids, 1] = length.clamp(max=experience.longest)
             done += num_steps([batch])
             rounds.append(batch)
     if reach:
@@ -1679,6 +1680,9 @@ def from_rows(rows: torch.Tensor, columns: dict[str, int]) -> dict[str, torch.Te
     return dict(zip(columns, rows.split([*columns.values()], -1), strict=True))
 
 
+LONG = 1000  # steps of an episode, at most, that room is made for: a limit may be far beyond
+
+
 class Replay:
     """Per task the last `capacity` transitions, each a row of `width` numbers, on the device.
 
@@ -1687,6 +1691,7 @@ class Replay:
 
     def __init__(self, num_tasks, capacity, width, device, flag: str):
         self.capacity = capacity
+        self.flag = flag
         self.bytes = num_tasks * capacity * width * torch.get_default_dtype().itemsize
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if device.type == "cuda":
@@ -1699,6 +1704,9 @@ class Replay:
 
     def add(self, ids: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor):
         """Append rows (N, B, W) where mask (N, B) is 1 to the different tasks ids (N,)."""
+        most = int(mask.sum(1).max())
+        if most > self.capacity:
+            fail(f"{self.flag} {self.capacity}: less than the {most} steps of a task at once")
         position = self.count[ids].unsqueeze(1) + mask.long().cumsum(1) - 1
         self.rows[self.index(ids, position)[mask > 0]] = rows[mask > 0]
         self.count[ids] += mask.long().sum(1)
@@ -1803,7 +1811,7 @@ def set_unit(agent: Agent, unit: torch.Tensor, args: Args):
 
 def whole_rounds(args) -> list[int]:
     """Steps per task in the initial, prior, posterior and extra phase: whole rounds of episodes."""
-    length = args.episodes_per_task * args.horizon
+    length = args.episodes_per_task * min(args.horizon, LONG)
     phases = [args.initial_steps, args.prior_steps, args.posterior_steps, args.extra_steps]
     return [math.ceil(steps / length) * length for steps in phases]
 

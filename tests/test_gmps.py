@@ -662,7 +662,6 @@ BAD_FLAGS = [
     ({"dataset_size": 19}, "--dataset-size 19: less than the 20 states"),
     ({"total_timesteps": 239}, "can use them up, give 240 or more"),
     ({"total_timesteps": 239} | UNEVEN, "can use them up, give 240 or more"),
-    ({"total_timesteps": 80, "expert": "scripted"}, "can use them up, give 81 or more"),
 ]
 
 
@@ -672,6 +671,14 @@ def test_bad_input(train, tmp_path, flags, part):
         train(module, **flags)
     assert_one_line(end, part)
     assert not list(tmp_path.iterdir())
+
+
+def test_no_steps_are_left_for_a_round(train):
+    """Which shows when the expert has played: its episodes may be shorter than the time limit."""
+    with pytest.raises(SystemExit) as end:
+        train(module, expert="scripted", total_timesteps=80)
+    assert_one_line(end, "--total-timesteps 80: the expert has used up 80, give more")
+    train(module, expert="scripted", total_timesteps=81)
 
 
 # ---------------------------------------------------------------------------- rounds and counters
@@ -927,6 +934,13 @@ def test_draws_are_of_each_tasks_own_rows():
     drawn = store.sample(ids, 200, torch.Generator().manual_seed(0))
     for i, size in enumerate((1, 3, 6, 6)):
         assert drawn[i].unique().tolist() == [10 * i + k for k in range(size)]
+
+
+def test_more_at_once_than_there_is_room_for():
+    """More than the time limit made expect: a line, as rows would be written over each other."""
+    store = module.Replay(2, 10, 1, CPU, "--dataset-size")
+    with pytest.raises(SystemExit, match=r"^error: --dataset-size 10: less than the 11 steps of a"):
+        store.add(torch.arange(2), torch.zeros(2, 11, 1), torch.ones(2, 11))
 
 
 def test_a_rank_has_the_demonstrations_of_its_own_tasks(monkeypatch):

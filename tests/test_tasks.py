@@ -602,12 +602,18 @@ def test_errors_of_an_environment_keep_their_traceback(monkeypatch, train):
         train(maml_trpo, env_id="user_tasks:Asymmetric-v0")
 
 
-def test_a_time_limit_that_is_not_reached_costs_nothing(train):
+for limit in (12, 100_000):
+    gym.register(f"Limit{limit}-v0", Ragged, max_episode_steps=limit)
+
+
+def test_a_time_limit_that_is_not_reached_costs_nothing(train, script):
     """Episodes of ten steps at most, under a limit of a hundred thousand."""
+    flags = {"horizon": 0, "total_timesteps": LEAST[script.__name__]}
+    if script.__name__ == "pearl":
+        flags |= {"replay_size": 0, "episodes_per_task": 1, "total_timesteps": 4001}
     lengths = []
     for limit in (12, 100_000):
-        gym.register(f"Limit{limit}-v0", Ragged, max_episode_steps=limit)
-        _, metrics = train(maml_trpo, env_id=f"Limit{limit}-v0", horizon=0, total_timesteps=1)
+        _, metrics = train(script, env_id=f"Limit{limit}-v0", **flags)
         lengths.append(metrics["charts/episodic_length"])
     assert lengths[0] == pytest.approx(lengths[1], abs=2)
 
