@@ -1677,11 +1677,12 @@ def spread(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, to
 
 class Units(nn.Module):
     """What a network reads of x (..., *shape): x less its mean, over its standard deviation, within
-    ±10. Until they are measured it is 0.
+    ± limit. Until they are measured it is 0.
     """
 
-    def __init__(self, *shape: int):
+    def __init__(self, *shape: int, limit: float = 10):
         super().__init__()
+        self.limit = limit
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("std", torch.full(shape, torch.inf))
 
@@ -1692,7 +1693,7 @@ class Units(nn.Module):
         self.std.copy_(std)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ((x - self.mean) / self.std).clamp(-10, 10)
+        return ((x - self.mean) / self.std).clamp(-self.limit, self.limit)
 
 
 # <<< shared: units

@@ -185,7 +185,7 @@ class Agent(nn.Module):
             self.log_std = nn.Parameter(torch.full((self.action_size,), math.log(args.init_std)))
         # units, which main measures; until then observations and rewards are 0 in an input
         self.obs_units = Units(obs_size)
-        self.reward_units = Units()
+        self.reward_units = Units(limit=100)  # they rise far above the first ones
         self.value_units = Units()
         self.value_units.std.fill_(1)
 
@@ -277,7 +277,7 @@ def collect(agent, tasks, key, args, test=False, deterministic=False) -> tuple[d
     """(2) A trial in each of N tasks (N, K). Returns a batch, S being the longest, and scores:
 
     obs               (N, S, O)  as they are
-    inputs            (N, S, X)  of the network: observations and rewards in units, clipped to ±10
+    inputs            (N, S, X)  of the network: observations and rewards in units
     actions           (N, S, A)  as chosen, unclipped; (N, S) if Discrete
     logprobs, values  (N, S)     of the policy that acted
     rewards, mask     (N, S)     as they are; 1 up to the trial's end
@@ -1598,11 +1598,12 @@ def spread(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, to
 
 class Units(nn.Module):
     """What a network reads of x (..., *shape): x less its mean, over its standard deviation, within
-    ±10. Until they are measured it is 0.
+    ± limit. Until they are measured it is 0.
     """
 
-    def __init__(self, *shape: int):
+    def __init__(self, *shape: int, limit: float = 10):
         super().__init__()
+        self.limit = limit
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("std", torch.full(shape, torch.inf))
 
@@ -1613,7 +1614,7 @@ class Units(nn.Module):
         self.std.copy_(std)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ((x - self.mean) / self.std).clamp(-10, 10)
+        return ((x - self.mean) / self.std).clamp(-self.limit, self.limit)
 
 
 # <<< shared: units

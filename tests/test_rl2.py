@@ -86,7 +86,7 @@ def pass_over(agent, batch):
 def test_what_the_policy_sees(env_id, embedding_size):
     """The last action, reward and end at every step but the first, across the ends of episodes, with no gaps.
 
-    Rewards in their units, clipped to ±10. For an embedding the last observation too.
+    Rewards in their units, clipped to ±100. For an embedding the last observation too.
     """
     agent, batch, scores = play(env_id, embedding_size=embedding_size)
     last_size = agent.action_size + 2
@@ -110,7 +110,7 @@ def test_what_the_policy_sees(env_id, embedding_size):
         ends[scores["length"][trial].cumsum(0).long() - 1] = 1
         assert (last[0] == 0).all()
         torch.testing.assert_close(last[1:, :-2], fed_back[: length - 1])
-        paid = ((rewards[: length - 1] + 0.5) / 0.25).clamp(-10, 10)
+        paid = ((rewards[: length - 1] + 0.5) / 0.25).clamp(-100, 100)
         torch.testing.assert_close(last[1:, -2], paid)
         torch.testing.assert_close(last[1:, -1], ends[:-1])
         starts = scores["length"][trial].cumsum(0).long()
