@@ -167,10 +167,11 @@ def flags_of_blocks(sources):
     every = set().union(*map(flags, sources.values()))
     wrong = set()
     for source in sources.values():
+        lacks = every - flags(source)
         for name, block in blocks(source).items():
             named = set(re.findall(r"args\.(\w+)", block))
             named |= {flag.replace("-", "_") for flag in re.findall(r"--([a-z][a-z-]+)", block)}
-            wrong |= {(name, flag) for flag in named & every - flags(source)}
+            wrong |= {(name, flag) for flag in named & lacks}
     return wrong
 
 
