@@ -1798,13 +1798,10 @@ def spread(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, to
 
 
 class Units(nn.Module):
-    """What a network reads of x (..., *shape): x less its mean, over its standard deviation, within
-    ± limit. Until they are measured it is 0.
-    """
+    """x (..., *shape) less its mean, over its standard deviation, within ±10; 0 until measured."""
 
-    def __init__(self, *shape: int, limit: float = 10):
+    def __init__(self, *shape: int):
         super().__init__()
-        self.limit = limit
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("std", torch.full(shape, torch.inf))
 
@@ -1815,7 +1812,7 @@ class Units(nn.Module):
         self.std.copy_(std)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ((x - self.mean) / self.std).clamp(-self.limit, self.limit)
+        return ((x - self.mean) / self.std).clamp(-10, 10)
 
 
 # <<< shared: units

@@ -185,7 +185,7 @@ class Agent(nn.Module):
             self.log_std = nn.Parameter(torch.full((self.action_size,), math.log(args.init_std)))
         # units, which main measures; until then observations and rewards are 0 in an input
         self.obs_units = Units(obs_size)
-        self.reward_units = Units(limit=100)  # they rise far above the first ones
+        self.reward_units = Units()
         self.value_units = Units()
         self.value_units.std.fill_(1)
 
@@ -391,6 +391,17 @@ def update(agent, optimizer, batch, key, left, args) -> dict[str, float]:
     return {name: mean.item() for name, mean in means.items()}
 
 
+def follow(units, rewards, mask):
+    """Move the units a tenth of the way to those of rewards (N, S) that lie a deviation off.
+
+    Training raises rewards, and in units far below them they could not be told apart.
+    """
+    mean, std = spread(rewards, mask)
+    share = 0.1 * ((mean - units.mean).abs() > units.std)
+    units.mean.lerp_(mean, share)
+    units.std.lerp_(std, share)
+
+
 def evaluate(agent, tasks, args) -> tuple[dict, dict]:
     """(6) Meta-test on tasks (M, K): a trial in each, in num_eval_steps + 1 equal parts.
 
@@ -468,6 +479,7 @@ def main(args: Args) -> dict[str, float]:
                 # (4), (5) PPO
                 left = 1 - run.global_step / args.total_timesteps if args.anneal else 1
                 losses = update(agent, optimizer, batch, run.key("minibatches"), left, args)
+                follow(agent.reward_units, batch["rewards"], batch["mask"])
             run.lap("update")
 
             # log, (6) meta-test, save
@@ -1597,13 +1609,10 @@ def spread(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, to
 
 
 class Units(nn.Module):
-    """What a network reads of x (..., *shape): x less its mean, over its standard deviation, within
-    ± limit. Until they are measured it is 0.
-    """
+    """x (..., *shape) less its mean, over its standard deviation, within ±10; 0 until measured."""
 
-    def __init__(self, *shape: int, limit: float = 10):
+    def __init__(self, *shape: int):
         super().__init__()
-        self.limit = limit
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("std", torch.full(shape, torch.inf))
 
@@ -1614,7 +1623,7 @@ class Units(nn.Module):
         self.std.copy_(std)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ((x - self.mean) / self.std).clamp(-self.limit, self.limit)
+        return ((x - self.mean) / self.std).clamp(-10, 10)
 
 
 # <<< shared: units

@@ -86,7 +86,7 @@ def pass_over(agent, batch):
 def test_what_the_policy_sees(env_id, embedding_size):
     """The last action, reward and end at every step but the first, across the ends of episodes, with no gaps.
 
-    Rewards in their units, clipped to ±100. For an embedding the last observation too.
+    Rewards in their units, clipped to ±10. For an embedding the last observation too.
     """
     agent, batch, scores = play(env_id, embedding_size=embedding_size)
     last_size = agent.action_size + 2
@@ -110,7 +110,7 @@ def test_what_the_policy_sees(env_id, embedding_size):
         ends[scores["length"][trial].cumsum(0).long() - 1] = 1
         assert (last[0] == 0).all()
         torch.testing.assert_close(last[1:, :-2], fed_back[: length - 1])
-        paid = ((rewards[: length - 1] + 0.5) / 0.25).clamp(-100, 100)
+        paid = ((rewards[: length - 1] + 0.5) / 0.25).clamp(-10, 10)
         torch.testing.assert_close(last[1:, -2], paid)
         torch.testing.assert_close(last[1:, -1], ends[:-1])
         starts = scores["length"][trial].cumsum(0).long()
@@ -321,6 +321,25 @@ def test_the_units_of_observations_rewards_and_values(train):
     assert (scaled["inputs"][:, 0, 1] == -10).all()
     features = agent.memory.gru(scaled["inputs"])[0]
     torch.testing.assert_close(scaled["values"], 5 + 7 * agent.critic(features).squeeze(-1))
+
+
+@pytest.mark.parametrize("mean, follows", [(1.9, False), (2.1, True), (-0.1, True)])
+def test_units_follow_rewards_that_lie_a_deviation_off(mean, follows):
+    """By a tenth of the way."""
+    units = rl2.Units()
+    set_units(units, 1, 1)
+    rewards = mean + 3 * torch.tensor([[-1.0, 1, 7], [1, -1, 1]])
+    mask = torch.tensor([[1.0, 1, 0], [1, 1, 0]])
+    rl2.follow(units, rewards, mask)
+    expected = [1 + 0.1 * (mean - 1), 1 + 0.1 * (3 - 1)] if follows else [1.0, 1.0]
+    torch.testing.assert_close([units.mean.item(), units.std.item()], expected)
+
+
+def test_training_lets_the_units_of_rewards_follow(train, monkeypatch):
+    seen = []
+    monkeypatch.setattr(rl2, "follow", lambda units, rewards, mask: seen.append(units.mean.item()))
+    folder, _ = train(rl2, total_timesteps=3 * 160)
+    assert seen == [load(folder)["agent"]["reward_units.mean"].item()] * 2
 
 
 class InUnits(rl2.PointEnvs):
