@@ -26,7 +26,7 @@ Then, round by round:
     each parameter. L_i is the mean of -w A log π_θ(a|o); the importance weight
     w = π_θ(a|o) / π_old(a|o), a constant, is 1 before (6).
 (6) Hundreds of Adam steps on θ and α, through (5), on the mean of (μ_φi(o) - a*)² over the states
-    of all D_i.
+    of all D_i. The means of θ and α over these steps are what the next round begins with.
 (7) Meta-test: (3) and (5) on held-out tasks, where nothing but the reward tells the task.
 
 Train:     python gmps.py
@@ -127,12 +127,13 @@ class Args:
     gradient_steps: int = 200  # Adam steps per round
     batch_size: int = 100  # labelled states per task in an Adam step
     learning_rate: float = 1e-3  # step size of Adam for θ and α, in the first round
+    averaged_share: float = 0.9  # a round's θ and α are their means over this share of its Adam steps (0: the last)
     learning_rate_decay: float = 0.75  # factor on the step size for θ and α after every round
     dataset_size: int = 10_000  # labelled states kept per training task, the oldest are overwritten
 
     may_be_zero: ClassVar[set] = {"seed", "task_seed", "horizon", "num_threads", "num_eval_steps", "gae_lambda",
-                                  "expert_noise", "bias_size", "importance_clip"}
-    at_most_one: ClassVar[set] = {"gamma", "gae_lambda", "expert_gamma", "tau"}
+                                  "expert_noise", "bias_size", "importance_clip", "averaged_share"}
+    at_most_one: ClassVar[set] = {"gamma", "gae_lambda", "expert_gamma", "tau", "averaged_share"}
     gone: ClassVar[dict] = {"--expert-round-steps": "it paid on one family of three (docs/gmps.md)"}
 # fmt: on
 
@@ -314,10 +315,16 @@ def imitation_round(optimizer, data, policy, run, args) -> dict[str, float]:
     step = graphed(imitation_step, args)
     total = 0
     largest = torch.zeros(n, device=ids.device)
-    for _ in range(args.gradient_steps):
+    kept = max(1, round(args.averaged_share * args.gradient_steps))
+    parameters = [p.detach() for p in policy.parameters()]
+    means = [torch.zeros_like(p) for p in parameters]
+    for left in reversed(range(args.gradient_steps)):
         loss, weights = step(ids, batch, optimizer, data, policy, generator, args)
         total += loss
         largest = torch.maximum(largest, weights)
+        if left < kept:  # what a round ends with is the mean of its last steps
+            torch._foreach_add_(means, parameters, alpha=1 / kept)
+    torch._foreach_copy_(parameters, means)
     optimizer.param_groups[0]["lr"].mul_(args.learning_rate_decay)
     metrics["losses/imitation"] = task_mean(total / args.gradient_steps)
     of_ranks = torch.zeros(run.num_ranks, device=ids.device)

@@ -673,6 +673,27 @@ def test_bad_input(train, tmp_path, flags, part):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("share, kept", [(0.6, 3), (0, 1), (1, 5)])
+def test_a_round_ends_with_the_mean_of_its_last_steps(train, monkeypatch, share, kept):
+    visited = []
+    step = module.imitation_step
+
+    def spy(ids, batch, optimizer, data, policy, *more):
+        result = step(ids, batch, optimizer, data, policy, *more)
+        visited.append(copy.deepcopy(dict(policy.named_parameters())))
+        return result
+
+    monkeypatch.setattr(module, "imitation_step", spy)
+    folder, _ = train(module, total_timesteps=240, gradient_steps=5, averaged_share=share)
+    assert len(visited) == 5
+    saved = load(folder)["policy"]
+    for name, last in visited[-1].items():
+        mean = sum(parameters[name] for parameters in visited[-kept:]) / kept
+        torch.testing.assert_close(saved[name], mean.detach())
+        assert kept > 1 or torch.equal(saved[name], last)
+    assert (kept == 1) == all(torch.equal(saved[name], last) for name, last in visited[-1].items())
+
+
 def test_no_steps_are_left_for_a_round(train):
     """Which shows when the expert has played: its episodes may be shorter than the time limit."""
     with pytest.raises(SystemExit) as end:
