@@ -124,6 +124,7 @@ class Args:
     inner_lr: float = 0.2  # α before training, step size of the adaptation
     importance_clip: float = 1.5  # c, importance weights are clipped to [1/c, c] (1: no weights, 0: no clipping)
     gae_lambda: float = 1.0  # λ of generalised advantage estimation
+    theta_weight: float = 0.0  # weight of the same loss with θ itself, so that its episodes come near what pays
     gradient_steps: int = 200  # Adam steps per round
     batch_size: int = 100  # labelled states per task in an Adam step
     learning_rate: float = 1e-3  # step size of Adam for θ and α, in the first round
@@ -132,7 +133,8 @@ class Args:
     dataset_size: int = 10_000  # labelled states kept per training task, the oldest are overwritten
 
     may_be_zero: ClassVar[set] = {"seed", "task_seed", "horizon", "num_threads", "num_eval_steps", "gae_lambda",
-                                  "expert_noise", "bias_size", "importance_clip", "averaged_share"}
+                                  "expert_noise", "bias_size", "importance_clip", "theta_weight",
+                                  "averaged_share"}
     at_most_one: ClassVar[set] = {"gamma", "gae_lambda", "expert_gamma", "tau", "averaged_share"}
     gone: ClassVar[dict] = {"--expert-round-steps": "it paid on one family of three (docs/gmps.md)"}
 # fmt: on
@@ -241,7 +243,8 @@ def inner_steps(params, batch, step_sizes, policy, args) -> tuple[dict, torch.Te
 
 
 def imitation_loss(theta, step_sizes, batch, demonstrated, policy, args) -> tuple:
-    """(6) Mean of (μ_φi(o) - a*)² over tasks, states and the action's dimensions.
+    """(6) Mean of (μ_φi(o) - a*)² over tasks, states and the action's dimensions, and theta_weight
+    times that of μ_θ.
 
     batch: (N, E, T, ...) by name, of (3); demonstrated: states (N, B, O) and labels (N, B, A) of
     the D_i. Also returns the tasks' largest importance weights, (N,).
@@ -255,7 +258,11 @@ def imitation_loss(theta, step_sizes, batch, demonstrated, policy, args) -> tupl
     together = vmap(of_task, chunk_size=tasks_at_once(batch["obs"]))
     dist_params, largest = together(batch, obs)
     means = dist_params[..., : labels.shape[-1]]
-    return (means - labels).square().mean(), largest
+    loss = (means - labels).square().mean()
+    if args.theta_weight:
+        before = policy.at(theta, obs)[..., : labels.shape[-1]]
+        loss = loss + args.theta_weight * (before - labels).square().mean()
+    return loss, largest
 
 
 def imitation_step(ids, batch, optimizer, data, policy, generator, args) -> tuple:

@@ -76,7 +76,7 @@ def make_problem(adapted=None, clip=0.0, n=3, e=3, t=4, moved=0.3):
     """
     p = SimpleNamespace(n=n, clip=clip)
     p.args = module.Args(hidden_size=6, bias_size=3, init_std=0.8, importance_clip=clip)
-    p.policy = module.Policy(2, 2, p.args)
+    p.policy = in_units(module.Policy(2, 2, p.args))
     theta, _ = p.policy.split()
     old = {name: (x + 0.3 * torch.randn_like(x)).detach() for name, x in theta.items()}
     p.theta = {name: x + moved * torch.randn_like(x) for name, x in old.items()}
@@ -164,7 +164,8 @@ def flat(gradients, like):
 @pytest.mark.parametrize("adapt", ["all", "bias", "none"])
 def test_meta_parameters(adapt):
     """θ are the weights; α, of the shapes of those that the inner step changes, begin at inner_lr."""
-    policy = module.Policy(2, 1, module.Args(hidden_size=6, bias_size=3, adapt=adapt, inner_lr=0.7))
+    args = module.Args(hidden_size=6, bias_size=3, adapt=adapt, inner_lr=0.7)
+    policy = in_units(module.Policy(2, 1, args))
     theta, step_sizes = policy.split()
     weights = [f"net.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")]
     assert [*theta] == ["bias", "log_std", *weights]
@@ -292,6 +293,15 @@ def test_without_adaptation_it_is_behaviour_cloning(double):
     adapted, _ = imitation_loss(zero)
     plain, _ = imitation_loss(zero, step_sizes={})
     torch.testing.assert_close(adapted, plain, rtol=1e-12, atol=0)
+
+
+def test_theta_itself_imitates_too(double):
+    """With a weight of its own, the same labels in the same states."""
+    p = make_problem()
+    adapted, _ = imitation_loss(p)
+    unadapted, _ = imitation_loss(p, step_sizes={})
+    both, _ = imitation_loss(p, args=replace(p.args, theta_weight=0.3))
+    torch.testing.assert_close(both, adapted + 0.3 * unadapted)
 
 
 def test_tasks_are_apart(double):
@@ -933,7 +943,7 @@ def test_what_trains_is_the_dense_reward_of_the_expert_and_train_reward_of_the_r
     assert metrics["eval/return_after_0_episodes"] < 0
 
     args = module.Args(**state["args"])
-    policy = module.Policy(2, 2, args)
+    policy = in_units(module.Policy(2, 2, args))
     theta, _ = policy.split()
     params = {name: p.detach().expand(3, *p.shape) for name, p in theta.items()}
     tasks = state["tasks"].numpy()[:3]
