@@ -34,7 +34,7 @@ Resume:    python gmps.py --resume runs/NAME
 Evaluate:  python gmps.py --evaluate runs/NAME
 
 Differs from the paper in the policy's size and input, minibatches of D_i, DAgger's place in a
-round: docs/gmps.md.
+round, and the means in (6): docs/gmps.md.
 """
 
 from __future__ import annotations
@@ -329,7 +329,7 @@ def imitation_round(optimizer, data, policy, run, args) -> dict[str, float]:
         loss, weights = step(ids, batch, optimizer, data, policy, generator, args)
         total += loss
         largest = torch.maximum(largest, weights)
-        if left < kept:  # what a round ends with is the mean of its last steps
+        if left < kept:
             torch._foreach_add_(means, parameters, alpha=1 / kept)
     torch._foreach_copy_(parameters, means)
     optimizer.param_groups[0]["lr"].mul_(args.learning_rate_decay)
@@ -1909,11 +1909,11 @@ def expert_iteration(sac, data, policy, run, args) -> dict[str, float]:
         once = replace(args, cudagraphs=False)
         batch = rollout(data.noisy_act, data.told, data.tasks, episodes, run.key("train", 1), once)
         run.global_step += num_steps([batch])
-        data.add(data.ids, batch)
-        policy.units.measure(data.states())
         if run.complete:
             used_up = f"the expert has used up {run.global_step}, give more"
             fail(f"--total-timesteps {args.total_timesteps}: {used_up}")
+        data.add(data.ids, batch)
+        policy.units.measure(data.states())
         metrics["expert/demonstration_return"] = task_mean(episode_scores(batch)["return"])
         run.lap("collect")
         if sac:
