@@ -28,7 +28,25 @@ MUJOCO_FAMILIES = {  # model, frame skip, leading qpos not observed, noise of th
     "HumanoidDir-v0": ("humanoid", 5, 2, 0.01, 0.1),
     "Walker2dRandParams-v0": ("walker2d", 4, 1, 0.005, 0.001),
     "HopperRandParams-v0": ("hopper", 4, 1, 0.005, 0.001),
+    "MultimodalReacher2-v0": ("reacher", 2, 0, 0.1, 0.1),
+    "MultimodalReacher4-v0": ("reacher", 2, 0, 0.1, 0.1),
+    "MultimodalReacher6-v0": ("reacher", 2, 0, 0.1, 0.1),
 }
+REACHER = """<mujoco>  <!-- gymnasium's reacher with a third link, and without walls and target -->
+  <option integrator="RK4" timestep="0.01"> <flag contact="disable"/> </option>
+  <default> <joint axis="0 0 1" armature="1" damping="1"/> <motor ctrlrange="-1 1" gear="200"/>
+    <geom type="capsule" fromto="0 0 0 0.1 0 0" size="0.01" rgba="0 0.4 0.6 1"/> </default>
+  <worldbody>
+    <body pos="0 0 0.01"> <joint name="joint0"/> <geom/>
+      <body pos="0.1 0 0"> <joint name="joint1" range="-172 172"/> <geom/>
+        <body pos="0.1 0 0"> <joint name="joint2" range="-172 172"/> <geom/>
+          <site name="tip" pos="0.1 0 0"/>
+        </body>
+      </body>
+    </body>
+  </worldbody>
+  <actuator> <motor joint="joint0"/> <motor joint="joint1"/> <motor joint="joint2"/> </actuator>
+</mujoco>"""
 # the model's arrays that a task of *RandParams scales, and the base of its factors
 VARIED = {"body_mass": 1.5, "body_inertia": 1.5, "geom_friction": 1.5, "dof_damping": 1.3}
 
@@ -36,11 +54,11 @@ VARIED = {"body_mass": 1.5, "body_inertia": 1.5, "geom_friction": 1.5, "dof_damp
 class MujocoEnvs(gym.vector.VectorEnv):
     """Lanes of a family; reset puts lane i in task i, a lane that has ended stays put and pays 0.
 
-    tasks: (n, 1) direction, velocity or angle; (n, 2) goal; or (n, F) factors on a model's dynamics.
+    tasks: (n, 1) direction, velocity or angle; (n, 2) goal; (n, 3) goal and the index of its mode;
+    or (n, F) factors on a model's dynamics.
     """
 
     metadata: ClassVar = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
-    horizon = 200
 
     def __init__(self, env_id: str, num_envs: int):
         import mujoco.rollout
@@ -53,12 +71,15 @@ class MujocoEnvs(gym.vector.VectorEnv):
         self.noise = noise
         self.control_cost = control_cost
         self.name = model
+        self.num_modes = int(env_id[-4]) if model == "reacher" else 0
+        self.horizon = 50 if model == "reacher" else 200
         assets = Path(gym.__file__).parent / "envs" / "mujoco" / "assets"
-        self.model = mujoco.MjModel.from_xml_path(str(assets / f"{model}.xml"))
+        xml = REACHER if model == "reacher" else (assets / f"{model}.xml").read_text()
+        self.model = mujoco.MjModel.from_xml_string(xml)
         self.varies = env_id.endswith("RandParams-v0")
         if self.varies:
             self.model.opt.timestep = 0.004  # the original's, with its frame skip of 4
-        obs_size = self.model.nq + self.model.nv - hidden
+        obs_size = 9 if model == "reacher" else self.model.nq + self.model.nv - hidden
         self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_size,), np.float64)
         self.single_action_space = gym.spaces.Box(-1, 1, (self.model.nu,), np.float64)
         threads = torch.get_num_threads()
@@ -79,6 +100,13 @@ class MujocoEnvs(gym.vector.VectorEnv):
             sizes = [getattr(self.model, name).size for name in VARIED]
             bases = np.repeat([*VARIED.values()], sizes)
             return bases ** rng.uniform(-3, 3, (n, len(bases)))
+        if self.num_modes:  # on the diagonal, at the corners or on a hexagon; dealt in turn
+            mode = (rng.integers(self.num_modes) + np.arange(n)) % self.num_modes
+            angle = 2 * np.pi * mode / self.num_modes + (0 if self.num_modes == 6 else np.pi / 4)
+            goal = 0.225 * 2**0.5 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+            goal = goal + 0.1 * rng.normal(size=(n, 2))
+            radius = np.linalg.norm(goal, axis=1, keepdims=True)
+            return np.column_stack([goal * np.minimum(1, 0.3 / radius), mode])  # within reach
         if self.env_id == "SparseAntGoal-v0":  # a half circle of radius 2
             angle = rng.uniform(0, np.pi, n)
             radius = np.full(n, 2.0)
@@ -138,6 +166,8 @@ class MujocoEnvs(gym.vector.VectorEnv):
             return task[0] * x_velocity, healthy, {}
         if self.env_id == "HalfCheetahVel-v0":
             return -np.abs(x_velocity - task[0]), healthy, {}
+        if self.name == "reacher":
+            return -np.abs(self._tip() - self.tasks[:, :2]).sum(axis=1), healthy, {}
         if self.env_id.endswith("Goal-v0"):
             offset = qpos[:, :2] - self.tasks
             reward = -np.abs(offset).sum(axis=1)
@@ -159,7 +189,15 @@ class MujocoEnvs(gym.vector.VectorEnv):
             return speed + 1, (0.2 <= height) & (height <= 1), {}
         return 1.25 * speed + 5, (1 <= height) & (height <= 2), {}  # humanoid
 
+    def _tip(self) -> np.ndarray:
+        """Where the reacher's three links end, (B, 2)."""
+        angle = self.state[:, 1:4].cumsum(axis=1)
+        return 0.1 * np.stack([np.cos(angle).sum(1), np.sin(angle).sum(1)], axis=1)
+
     def _obs(self) -> np.ndarray:
+        if self.name == "reacher":
+            angle, velocity = self.state[:, 1:4], self.state[:, 4:]
+            return np.concatenate([np.cos(angle), np.sin(angle), velocity], axis=1)
         obs = self.state[:, 1 + self.hidden :].copy()
         if self.varies:
             obs[:, -self.model.nv :] = obs[:, -self.model.nv :].clip(-10, 10)

@@ -73,6 +73,7 @@ def same(a, b):
     return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize("env_id", V5)
 def test_agrees_with_gymnasium(env_id):
     """Until the reference ends, or for 30 steps; the varied families with a task of their own in the reference."""
     name, settings = V5[env_id]
@@ -120,6 +121,7 @@ def test_agrees_with_gymnasium(env_id):
     assert compared >= 10
 
 
+@pytest.mark.parametrize("env_id", V5)
 def test_ends_where_gymnasium_does(env_id):
     """Healthy or not, on the edge of each range, in one step without forces."""
     name, settings = V5[env_id]
@@ -146,6 +148,45 @@ def test_ends_where_gymnasium_does(env_id):
     assert (0 < sum(expected) < 40) == (
         env_id not in ("HalfCheetahDir-v0", "HalfCheetahVel-v0", "AntGoal-v0", "SparseAntGoal-v0")
     )
+
+
+def test_reacher():
+    """A lane against MuJoCo itself, stepped by hand, and the tip of the arm that its model says."""
+    import mujoco
+
+    envs = make_envs("MultimodalReacher4-v0", 3)
+    rng = np.random.default_rng(0)
+    tasks = envs.sample_tasks(3, rng)
+    obs, _ = envs.reset(seed=1, options={"task": tasks})
+    assert envs.horizon == 50 and obs.shape == (3, 9)
+    data = mujoco.MjData(envs.model)
+    data.qpos[:], data.qvel[:] = envs.state[1, 1:4], envs.state[1, 4:]
+    for _ in range(30):
+        actions = rng.uniform(-1.5, 1.5, actions_shape(envs))
+        obs, reward, terminated, truncated, info = envs.step(actions)
+        data.ctrl[:] = actions[1].clip(-1, 1)
+        mujoco.mj_step(envs.model, data, 2)
+        expected = [np.cos(data.qpos), np.sin(data.qpos), data.qvel]
+        np.testing.assert_allclose(obs[1], np.concatenate(expected), rtol=0, atol=1e-6)
+        mujoco.mj_kinematics(envs.model, data)
+        off = np.abs(data.site("tip").xpos[:2] - tasks[1, :2]).sum()
+        assert reward[1] == pytest.approx(-off - 0.1 * (data.ctrl**2).sum(), abs=1e-6)
+        assert not (terminated | truncated).any() and not info
+
+
+def test_modes_of_the_reacher():
+    """Dealt in turn, around the points that docs/tasks.md names, within the arm's reach."""
+    for modes in (2, 4, 6):
+        envs = make_envs(f"MultimodalReacher{modes}-v0", 1)
+        tasks = envs.sample_tasks(1000, np.random.default_rng(0))
+        mode = tasks[:, 2].astype(int)
+        assert envs.num_modes == modes and (np.diff(mode) % modes == 1).all()
+        assert np.linalg.norm(tasks[:, :2], axis=1).max() <= 0.3 + 1e-9
+        angle = np.arctan2(tasks[:, 1], tasks[:, 0])
+        centre = np.deg2rad({2: [45, 225], 4: [45, 135, 225, 315], 6: range(0, 360, 60)}[modes])
+        off = (angle - np.array(centre)[mode] + np.pi) % (2 * np.pi) - np.pi
+        sums = [off[mode == m].mean() for m in range(modes)]
+        assert np.abs(sums).max() < 0.1 and 0.2 < off.std() < 0.5
 
 
 def test_threads_do_not_matter(env_id):
