@@ -105,6 +105,16 @@ def script(request):
     return importlib.import_module(request.param)
 
 
+def stands_for_all(*names):
+    """Of a test of shared blocks, which are the same bytes in all: these scripts stand for them."""
+    return pytest.mark.parametrize("script", names, indirect=True)
+
+
+one_for_all = stands_for_all("maml_trpo")
+two_for_all = stands_for_all("maml_trpo", "gmps")  # one that also keeps a replay of its own
+two_rollouts = stands_for_all("maml_trpo", "rl2")  # whose trials are steps of its own
+
+
 @pytest.fixture(autouse=True)
 def fresh_environments():
     """Scripts keep the lanes that they have made; no test finds those of another."""

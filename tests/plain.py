@@ -117,9 +117,9 @@ def error(x, y):
     return ((x - y).norm() / y.norm()).item()
 
 
-def central_differences(f, x, size=1e-6):
-    """Gradient (P,) of a function of x (P,)."""
-    steps = size * torch.eye(len(x))
+def central_differences(f, x, size=1e-6, directions=None):
+    """Gradient (P,) of a function of x (P,), or its derivatives (R,) along directions (R, P)."""
+    steps = size * (torch.eye(len(x)) if directions is None else directions)
     return torch.stack([(f(x + step) - f(x - step)) / (2 * size) for step in steps])
 
 

@@ -13,7 +13,7 @@ from typing import get_type_hints
 import numpy as np
 import pytest
 import torch
-from conftest import LEAST, TINY, environment, load, tiny
+from conftest import LEAST, ROOT, SCRIPTS, TINY, environment, load, one_for_all, tiny, two_for_all
 
 import maml_trpo
 
@@ -73,6 +73,7 @@ HUGE = [
 
 
 @pytest.mark.parametrize("flag, value", HUGE)
+@one_for_all
 def test_numbers_that_no_machine_takes(refuse, flag, value):
     assert f"--{flag.replace('_', '-')} {value}: is too large" in refuse(**{flag: value})
 
@@ -103,6 +104,7 @@ def test_step_sizes_that_diverge(script, train):
         train(script, **{name: 1e300})
 
 
+@one_for_all
 def test_names_that_no_folder_has(train, script):
     with pytest.raises(SystemExit, match=r"^error: cannot write to .*: File name too long$"):
         train(script, exp_name="x" * 300)
@@ -126,18 +128,21 @@ def test_the_least_that_is_allowed(train, script):
         ("user_tasks:Binary-v0", ["MultiBinary", "Box and Discrete"]),
     ],
 )
+@one_for_all
 def test_environments_that_are_none(refuse, env_id, parts):
     line = refuse(env_id=env_id)
     assert all(part in line for part in parts), line
 
 
 @pytest.mark.parametrize("flag", ["train_reward", "test_reward"])
+@one_for_all
 def test_a_sparse_reward_where_there_is_none(refuse, flag):
     assert "Navigation2D-v0 reports no sparse reward" in refuse(
         env_id="Navigation2D-v0", **{flag: "sparse"}
     )
 
 
+@one_for_all
 def test_cuda_without_a_gpu(refuse, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "--cuda" in refuse(cuda=True)
@@ -165,6 +170,7 @@ def test_a_complete_run_is_meta_tested(train, script, capsys):
     assert (folder / "checkpoint.pt").read_bytes() == before
 
 
+@one_for_all
 def test_a_run_without_a_checkpoint(refuse, folder):
     (folder / "checkpoint.pt").unlink()
     for flag in ("resume", "evaluate"):
@@ -172,6 +178,7 @@ def test_a_run_without_a_checkpoint(refuse, folder):
 
 
 @pytest.mark.parametrize("argv", [["--resume", ""], ["--resume="], ["--evaluate", ""]])
+@one_for_all
 def test_a_folder_without_a_name(script, argv, tmp_path, monkeypatch):
     """An unset variable of the shell must not start a run from nothing."""
     monkeypatch.chdir(tmp_path)
@@ -185,6 +192,7 @@ def test_a_folder_without_a_name(script, argv, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "flag, value", [("env_id", "Navigation2D-v0"), ("gamma", 0.5), ("num_test_tasks", 6)]
 )
+@one_for_all
 def test_a_flag_that_cannot_change(refuse, folder, flag, value):
     line = refuse(resume=folder, total_timesteps=640, **{flag: value})
     assert f"--{flag.replace('_', '-')}" in line and "cannot change" in line
@@ -200,6 +208,7 @@ def test_an_evaluation_may_have_other_flags(train, refuse, script, folder):
     )
 
 
+@one_for_all
 def test_what_may_change(train, script, folder):
     steps = load(folder)["global_step"] + 1
     train(
@@ -220,6 +229,7 @@ def test_what_may_change(train, script, folder):
 
 
 @pytest.mark.parametrize("flag", ["resume", "evaluate"])
+@one_for_all
 def test_folders_that_are_no_runs(refuse, folder, flag, tmp_path):
     assert "is no run" in refuse(**{flag: "runs/none"})
     assert "is no run" in refuse(**{flag: "."})
@@ -262,6 +272,7 @@ def places(state, at=()):
         yield from places(value, (*at, key))
 
 
+@two_for_all
 def test_a_checkpoint_with_entries_lost_or_reshaped(train, script, folder, refuse):
     """One line, wherever in the file it is, and not a traceback from where it is used."""
     path, checkpoint = folder / "checkpoint.pt", load(folder)
@@ -339,6 +350,7 @@ def test_a_checkpoint_imports_nothing_from_the_working_folder(tmp_path, script=m
 # ------------------------------------------------------------------------------------------------------ where it writes
 
 
+@one_for_all
 def test_folders_that_cannot_be_written(train, script, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs").write_text("a file")
@@ -346,6 +358,7 @@ def test_folders_that_cannot_be_written(train, script, tmp_path, monkeypatch):
         train(script)
 
 
+@one_for_all
 def test_a_full_disk_keeps_the_last_checkpoint(train, script, folder, monkeypatch, capsys):
     before = (folder / "checkpoint.pt").read_bytes()
 
@@ -381,20 +394,35 @@ def run(command, cwd):
     )
 
 
-@pytest.mark.parametrize("flags", [{"env_id": "Navigation-v0"}, {"resume": "runs/none"}])
-def test_an_error_is_one_line_on_stderr(tmp_path, flags, script=maml_trpo):
-    result = run([script.__file__, *tiny(script, **flags)], tmp_path)
+def test_an_error_is_one_line_on_stderr(tmp_path, script=maml_trpo):
+    result = run([script.__file__, *tiny(script, env_id="Navigation-v0")], tmp_path)
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
-def test_a_copy_of_the_script_is_enough(script, tmp_path):
-    name = Path(script.__file__).name
+def test_a_copy_of_the_script_is_enough(tmp_path, script=maml_trpo):
     shutil.copy(script.__file__, tmp_path)
-    result = run(["-I", name, *tiny(script)], tmp_path)  # -I: nothing else on the path
+    result = run(["-I", "maml_trpo.py", *tiny(script)], tmp_path)  # -I: nothing else on the path
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert result.stdout.startswith("writing to runs/") and "held-out tasks" in result.stdout
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert load(folder)["global_step"] == TINY["total_timesteps"]
+
+
+def test_a_script_needs_no_other_file(script, tmp_path, monkeypatch, capfd):
+    """The same in this process, where nothing of the project is found."""
+    shutil.copy(script.__file__, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if Path(path) != ROOT])
+    for name in (*SCRIPTS, "mujoco_tasks", "metaworld_tasks"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *tiny(script)])
+    interrupt = signal.getsignal(signal.SIGINT)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    signal.signal(signal.SIGINT, interrupt)
+    output, errors = capfd.readouterr()
+    assert output.startswith("writing to runs/") and "held-out tasks" in output and not errors
     (folder,) = (tmp_path / "runs").iterdir()
     assert load(folder)["global_step"] == TINY["total_timesteps"]
 
@@ -493,15 +521,18 @@ def test_code_may_evaluate_and_resume(script, train, capsys):
         ({"env_id": 3}, "--env-id 3: must be str"),
     ],
 )
+@one_for_all
 def test_values_of_another_type(script, flags, message):
     with pytest.raises(SystemExit, match=f"^error: {message}"):
         script.main(script.Args(**flags))
 
 
+@one_for_all
 def test_whole_numbers_are_numbers(script, train):
     train(script, gamma=1)
 
 
+@one_for_all
 def test_main_leaves_the_settings_of_torch_as_they_were(script, monkeypatch, tmp_path):
     """After a run, and after one that is refused."""
     monkeypatch.chdir(tmp_path)

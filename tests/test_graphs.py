@@ -148,7 +148,7 @@ def torch_adam(net):
 
 def train_both(script, train, **flags):
     """A run without graphs and one with them: their folders."""
-    flags = {"total_timesteps": 4 * 160, "cuda": True} | flags
+    flags = {"total_timesteps": 3 * 160, "cuda": True} | flags
     return [train(script, cudagraphs=graphs, **flags)[0] for graphs in (False, True)]
 
 

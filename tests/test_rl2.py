@@ -900,6 +900,6 @@ def test_two_arms(monkeypatch, tmp_path):
     monkeypatch.setattr(
         Agent, "feedback", lambda *given: torch.cat([blank, given[-1][:, None]], -1)
     )
-    settings["total_timesteps"] //= 4
+    settings["total_timesteps"] //= 8
     blind = rl2.main(Args(**settings))["eval/return_after_0_episodes"]
     assert blind == pytest.approx(3, abs=0.06)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import user_tasks
-from conftest import LEAST, OWN, SCRIPTS, TINY, load, tiny
+from conftest import LEAST, OWN, SCRIPTS, TINY, load, one_for_all, tiny, two_rollouts
 from gymnasium.spaces import Box
 from user_tasks import Ragged
 
@@ -422,6 +422,7 @@ def test_user_environments_are_seeded():
     assert None not in [seed for env in Ragged.made for seed in env.seeds]
 
 
+@one_for_all
 def test_held_out_tasks_of_its_own(script, train, monkeypatch):
     met = record_tasks(script.UserEnvs, monkeypatch)
     for env_id, held_out in (
@@ -548,6 +549,7 @@ class Place(gym.Env):
 gym.register("Wind-v0", lambda: Wind(Place()), max_episode_steps=3)
 
 
+@one_for_all
 def test_tasks_of_a_wrapper(script, train):
     envs, tasks = make("Wind-v0", 3)
     assert len(np.unique(tasks)) == 3
@@ -648,6 +650,7 @@ def test_rewards_of_one_element_are_numbers():
     assert envs.step(np.zeros((2, 2)))[1][1] == -3
 
 
+@one_for_all
 def test_an_environment_that_exits_is_an_error(script, train, monkeypatch):
     """sys.exit(0) in a step must not end the program as if all had gone well."""
     monkeypatch.setattr(Ragged, "step", lambda env, action: sys.exit(0))
@@ -668,6 +671,7 @@ def test_names_that_are_no_modules(module):
         make_envs(f"{module}:Id-v0", 1)
 
 
+@one_for_all
 def test_a_module_in_the_current_folder(tmp_path, monkeypatch, train, script):
     (tmp_path / "my_family.py").write_text(
         "import gymnasium, user_tasks\ngymnasium.register('Mine-v0', user_tasks.Ragged, max_episode_steps=5)\n"
@@ -681,6 +685,7 @@ def test_a_module_in_the_current_folder(tmp_path, monkeypatch, train, script):
     assert ":" not in folder.name
 
 
+@one_for_all
 def test_without_a_time_limit_the_horizon_must_be_given(script, train, tmp_path):
     with pytest.raises(
         SystemExit, match=r"^error: user_tasks:Endless-v0 has no time limit .*--horizon$"
@@ -698,6 +703,7 @@ def test_sparse_rewards_where_there_are_any(script, train, env_id):
 
 @pytest.mark.parametrize("value", [np.nan, -1e39])
 @pytest.mark.parametrize("what", ["reward", "observation", "sparse reward"])
+@two_rollouts
 def test_a_value_that_is_not_finite_stops_the_run(script, train, monkeypatch, what, value):
     """Nor one that is not in single precision; and the last checkpoint stays as it was."""
     least = LEAST[script.__name__]
@@ -715,6 +721,7 @@ def test_a_value_that_is_not_finite_stops_the_run(script, train, monkeypatch, wh
     train(script, resume=folder, total_timesteps=saved["global_step"] + 1)
 
 
+@two_rollouts
 def test_a_reset_that_is_not_finite_is_named(script, train):
     lane = script.make_envs("user_tasks:Asymmetric-v0", 8).envs[3].unwrapped
     lane.fault = (-1, "observation", np.nan)
