@@ -25,6 +25,7 @@ MUJOCO_FAMILIES = {  # model, frame skip, leading qpos not observed, noise of th
     "AntDir-v0": ("ant", 5, 2, 0.1, 0.5),
     "AntGoal-v0": ("ant", 5, 0, 0.1, 0.1),
     "SparseAntGoal-v0": ("ant", 5, 0, 0.1, 0.1),
+    "SparseWheeledGoal-v0": ("wheeled", 1, 0, 0.01, 0.05),
     "HumanoidDir-v0": ("humanoid", 5, 2, 0.01, 0.1),
     "Walker2dRandParams-v0": ("walker2d", 4, 1, 0.005, 0.001),
     "HopperRandParams-v0": ("hopper", 4, 1, 0.005, 0.001),
@@ -32,21 +33,42 @@ MUJOCO_FAMILIES = {  # model, frame skip, leading qpos not observed, noise of th
     "MultimodalReacher4-v0": ("reacher", 2, 0, 0.1, 0.1),
     "MultimodalReacher6-v0": ("reacher", 2, 0, 0.1, 0.1),
 }
-REACHER = """<mujoco>  <!-- gymnasium's reacher with a third link, and without walls and target -->
-  <option integrator="RK4" timestep="0.01"> <flag contact="disable"/> </option>
-  <default> <joint axis="0 0 1" armature="1" damping="1"/> <motor ctrlrange="-1 1" gear="200"/>
-    <geom type="capsule" fromto="0 0 0 0.1 0 0" size="0.01" rgba="0 0.4 0.6 1"/> </default>
-  <worldbody>
-    <body pos="0 0 0.01"> <joint name="joint0"/> <geom/>
-      <body pos="0.1 0 0"> <joint name="joint1" range="-172 172"/> <geom/>
-        <body pos="0.1 0 0"> <joint name="joint2" range="-172 172"/> <geom/>
-          <site name="tip" pos="0.1 0 0"/>
+MODELS = {  # of our own; the others are gymnasium's
+    # gymnasium's reacher with a third link, without walls and target
+    "reacher": """<mujoco>
+      <option integrator="RK4" timestep="0.01"> <flag contact="disable"/> </option>
+      <default> <joint axis="0 0 1" armature="1" damping="1"/> <motor ctrlrange="-1 1" gear="200"/>
+        <geom type="capsule" fromto="0 0 0 0.1 0 0" size="0.01" rgba="0 0.4 0.6 1"/> </default>
+      <worldbody>
+        <body pos="0 0 0.01"> <joint name="joint0"/> <geom/>
+          <body pos="0.1 0 0"> <joint name="joint1" range="-172 172"/> <geom/>
+            <body pos="0.1 0 0"> <joint name="joint2" range="-172 172"/> <geom/>
+              <site name="tip" pos="0.1 0 0"/>
+            </body>
+          </body>
         </body>
-      </body>
-    </body>
-  </worldbody>
-  <actuator> <motor joint="joint0"/> <motor joint="joint1"/> <motor joint="joint2"/> </actuator>
-</mujoco>"""
+      </worldbody>
+      <actuator> <motor joint="joint0"/> <motor joint="joint1"/> <motor joint="joint2"/> </actuator>
+    </mujoco>""",
+    # a box that neither rolls nor pitches, on two driven wheels; full throttle takes it 6 m in 2 s
+    "wheeled": """<mujoco>
+      <option timestep="0.01"/>
+      <default> <geom rgba="0 0.4 0.6 1"/> <motor ctrlrange="-2 2" gear="0.125"/>
+        <default class="wheel"> <joint axis="0 1 0"/>
+          <geom type="cylinder" size="0.1 0.02" zaxis="0 1 0" mass="0.2"/> </default> </default>
+      <worldbody>
+        <geom type="plane" size="10 10 1" rgba="0.9 0.9 0.9 1"/>
+        <body name="car" pos="0 0 0.1">
+          <joint type="slide" axis="1 0 0"/> <joint type="slide" axis="0 1 0"/>
+          <joint type="slide" axis="0 0 1"/> <joint type="hinge" axis="0 0 1"/>
+          <geom type="box" size="0.2 0.1 0.03" mass="1"/>
+          <body pos="0 0.13 0" childclass="wheel"> <joint name="left"/> <geom/> </body>
+          <body pos="0 -0.13 0" childclass="wheel"> <joint name="right"/> <geom/> </body>
+        </body>
+      </worldbody>
+      <actuator> <motor joint="left"/> <motor joint="right"/> </actuator>
+    </mujoco>""",
+}
 # the model's arrays that a task of *RandParams scales, and the base of its factors
 VARIED = {"body_mass": 1.5, "body_inertia": 1.5, "geom_friction": 1.5, "dof_damping": 1.3}
 
@@ -74,7 +96,7 @@ class MujocoEnvs(gym.vector.VectorEnv):
         self.num_modes = int(env_id[-4]) if model == "reacher" else 0
         self.horizon = 50 if model == "reacher" else 200
         assets = Path(gym.__file__).parent / "envs" / "mujoco" / "assets"
-        xml = REACHER if model == "reacher" else (assets / f"{model}.xml").read_text()
+        xml = MODELS.get(model) or (assets / f"{model}.xml").read_text()
         self.model = mujoco.MjModel.from_xml_string(xml)
         self.varies = env_id.endswith("RandParams-v0")
         if self.varies:
@@ -107,7 +129,7 @@ class MujocoEnvs(gym.vector.VectorEnv):
             goal = goal + 0.1 * rng.normal(size=(n, 2))
             radius = np.linalg.norm(goal, axis=1, keepdims=True)
             return np.column_stack([goal * np.minimum(1, 0.3 / radius), mode])  # within reach
-        if self.env_id == "SparseAntGoal-v0":  # a half circle of radius 2
+        if self.env_id.startswith("Sparse"):  # a half circle of radius 2
             angle = rng.uniform(0, np.pi, n)
             radius = np.full(n, 2.0)
         else:  # a disc of radius 3
@@ -170,10 +192,10 @@ class MujocoEnvs(gym.vector.VectorEnv):
             return -np.abs(self._tip() - self.tasks[:, :2]).sum(axis=1), healthy, {}
         if self.env_id.endswith("Goal-v0"):
             offset = qpos[:, :2] - self.tasks
-            reward = -np.abs(offset).sum(axis=1)
+            distance = np.linalg.norm(offset, axis=1)
+            reward = -np.abs(offset).sum(axis=1) if self.name == "ant" else -distance
             if self.env_id == "AntGoal-v0":
                 return reward, healthy, {}
-            distance = np.linalg.norm(offset, axis=1)
             hit = distance <= 0.8
             sparse = np.where(hit, 1 - distance / 0.8, 0)
             return reward, healthy, {"sparse_reward": sparse, "success": hit}

@@ -150,28 +150,55 @@ def test_ends_where_gymnasium_does(env_id):
     )
 
 
-def test_reacher():
-    """A lane against MuJoCo itself, stepped by hand, and the tip of the arm that its model says."""
+OWN = {  # observations and reward of models that are not gymnasium's, from MuJoCo's own arrays
+    "MultimodalReacher4-v0": (
+        lambda data: [np.cos(data.qpos), np.sin(data.qpos), data.qvel],
+        lambda data, goal: (
+            -np.abs(data.site("tip").xpos[:2] - goal).sum() - 0.1 * data.ctrl @ data.ctrl
+        ),
+    ),
+    "SparseWheeledGoal-v0": (
+        lambda data: [data.qpos, data.qvel],
+        lambda data, goal: (
+            -np.linalg.norm(data.body("car").xpos[:2] - goal) - 0.05 * data.ctrl @ data.ctrl
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("env_id", OWN)
+def test_models_of_our_own(env_id):
+    """A lane against MuJoCo itself, stepped by hand, and what its model says of places."""
     import mujoco
 
-    envs = make_envs("MultimodalReacher4-v0", 3)
+    envs = make_envs(env_id, 3)
+    obs_of, reward_of = OWN[env_id]
     rng = np.random.default_rng(0)
     tasks = envs.sample_tasks(3, rng)
-    obs, _ = envs.reset(seed=1, options={"task": tasks})
-    assert envs.horizon == 50 and obs.shape == (3, 9)
+    envs.reset(seed=1, options={"task": tasks})
     data = mujoco.MjData(envs.model)
-    data.qpos[:], data.qvel[:] = envs.state[1, 1:4], envs.state[1, 4:]
+    nq = envs.model.nq
+    data.qpos[:], data.qvel[:] = envs.state[1, 1 : 1 + nq], envs.state[1, 1 + nq :]
     for _ in range(30):
         actions = rng.uniform(-1.5, 1.5, actions_shape(envs))
-        obs, reward, terminated, truncated, info = envs.step(actions)
-        data.ctrl[:] = actions[1].clip(-1, 1)
-        mujoco.mj_step(envs.model, data, 2)
-        expected = [np.cos(data.qpos), np.sin(data.qpos), data.qvel]
-        np.testing.assert_allclose(obs[1], np.concatenate(expected), rtol=0, atol=1e-6)
+        obs, reward, terminated, truncated, _ = envs.step(actions)
+        data.ctrl[:] = actions[1].clip(-1, 1) * envs.model.actuator_ctrlrange[:, 1]
+        mujoco.mj_step(envs.model, data, envs.frame_skip)
+        np.testing.assert_allclose(obs[1], np.concatenate(obs_of(data)), rtol=0, atol=1e-5)
         mujoco.mj_kinematics(envs.model, data)
-        off = np.abs(data.site("tip").xpos[:2] - tasks[1, :2]).sum()
-        assert reward[1] == pytest.approx(-off - 0.1 * (data.ctrl**2).sum(), abs=1e-6)
-        assert not (terminated | truncated).any() and not info
+        assert reward[1] == pytest.approx(reward_of(data, tasks[1, :2]), abs=1e-5)
+        assert not (terminated | truncated).any()
+
+
+def test_the_wheeled_robot_drives_and_turns():
+    """Full throttle: 6 m in its 2 s, as the original's; one wheel alone turns it away from that side."""
+    envs = make_envs("SparseWheeledGoal-v0", 3)
+    envs.reset(seed=0, options={"task": envs.sample_tasks(3, np.random.default_rng(0))})
+    assert envs.horizon * envs.model.opt.timestep == 2
+    for _ in range(envs.horizon):
+        obs = envs.step(np.array([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]))[0]
+    assert obs[0, 0] == pytest.approx(6.25, abs=0.3) and abs(obs[0, 3]) < 0.1
+    assert obs[1, 3] < -1 and obs[2, 3] > 1  # yaw
 
 
 def test_modes_of_the_reacher():
@@ -225,9 +252,10 @@ def test_ended_lanes_stay(env_id):
     assert (later[1:] != obs[1:]).any(axis=1).all()
 
 
-def test_sparse_ant_goal():
+@pytest.mark.parametrize("env_id", ["SparseAntGoal-v0", "SparseWheeledGoal-v0"])
+def test_sparse_goals(env_id):
     """Sparse reward and success on the disc of radius 0.8 around the goal, and there alone."""
-    envs = make_envs("SparseAntGoal-v0", 3)
+    envs = make_envs(env_id, 3)
     tasks = envs.sample_tasks(3, np.random.default_rng(0))
     np.testing.assert_allclose(np.linalg.norm(tasks, axis=1), 2)
     assert (tasks[:, 1] > 0).all()
