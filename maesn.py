@@ -449,7 +449,8 @@ def main(args: Args) -> dict[str, float]:
 POINT_FAMILIES = ["PointRobot-v0", "SparsePointRobot-v0", "Navigation2D-v0"]
 POINT_FAMILIES += [f"MultimodalNavigation{modes}-v0" for modes in (1, 2, 4, 6)]
 FAMILY_FILES = {  # what lies beside the scripts, and needs one more package
-    "mujoco_tasks": r"(HalfCheetah|Sparse[AW]|Ant|Humanoid|Walker2d|Hopper|MultimodalR)\w+-v0",
+    "mujoco_tasks": r"(HalfCheetah|(Sparse)?Ant|SparseWheeled|Humanoid|Walker2d|Hopper"
+    r"|MultimodalReacher)\w+-v0",
     "metaworld_tasks": r"ML\d+(-.*)?",
 }
 
