@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import subprocess
+from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
@@ -32,7 +33,27 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_list_becomes_csvs(place):
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """A script's run as a program, without the seconds that a start takes."""
+    start = subprocess.run
+
+    def run_here(argv, stdout=None, stderr=None, cwd=None, **kwargs):
+        if not cwd:
+            return start(argv, stdout=stdout, stderr=stderr, **kwargs)
+        monkeypatch.chdir(cwd)
+        with redirect_stdout(stdout), redirect_stderr(stderr):
+            try:
+                maml_trpo.main(maml_trpo.parse(maml_trpo.Args, argv[2:]))
+            except SystemExit as end:
+                print(end.code)
+                return subprocess.CompletedProcess(argv, 1)
+        return subprocess.CompletedProcess(argv, 0)
+
+    return lambda: monkeypatch.setattr(subprocess, "run", run_here)
+
+
+def test_a_list_becomes_csvs(place, in_this_process):
     command = " ".join(["maml_trpo.py", *to_argv(TINY | {"hidden_size": 8, "eval_every": 1})])
     (place / "some.txt").write_text(f"# comment\n\nb | 1-2 | {command}\na | 3 | {command}\n")
     found = run.experiments(place / "some.txt")
@@ -47,6 +68,7 @@ def test_a_list_becomes_csvs(place):
         and np.isfinite(rows["eval/return_after_2_episodes"]).all()
     )
     assert run.run("some", *found[0]) == "b_1: was done"
+    in_this_process()  # from here on
     path.unlink()
     assert run.run("some", *found[0]).startswith("b_1: done in")  # its checkpoint was complete
     again = plot.read(path)
@@ -57,8 +79,9 @@ def test_a_list_becomes_csvs(place):
     assert not path.with_name("bad_1.csv").exists()
 
 
-def test_a_run_that_was_stopped_goes_on(place, monkeypatch):
+def test_a_run_that_was_stopped_goes_on(place, monkeypatch, in_this_process):
     command = ["maml_trpo.py", *to_argv(TINY | {"hidden_size": 8, "total_timesteps": 800})]
+    in_this_process()
     whole, attempts = subprocess.run, []
 
     def stop_the_first(argv, **kwargs):

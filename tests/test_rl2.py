@@ -368,7 +368,7 @@ def test_learning_does_not_depend_on_units(train, pay, length, normalize_advanta
             named = dict(zip(("pay", "length"), units, strict=True))
             gym.register(env_id, vector_entry_point=InUnits, kwargs=named)
         flags = {"env_id": env_id, "normalize_advantage": normalize_advantage, "embedding_size": 8}
-        folder, metrics = train(rl2, total_timesteps=5 * 160, **flags)
+        folder, metrics = train(rl2, total_timesteps=3 * 160, **flags)
         agent = load(folder)["agent"]
         measured = ("obs_", "reward_", "value_")
         learned = {name: x for name, x in agent.items() if not name.startswith(measured)}
@@ -865,7 +865,7 @@ def test_and_is_not_if_it_is_lost(monkeypatch, tmp_path):
         return forward(agent, lost, state)
 
     monkeypatch.setattr(Agent, "forward", forget_at_the_boundary)
-    first, second = train_on(LastStep, monkeypatch, tmp_path)
+    first, second = train_on(LastStep, monkeypatch, tmp_path, iterations=75)
     assert abs(first) < 0.15 and abs(second) < 0.15
 
 
@@ -890,9 +890,10 @@ def test_two_arms(monkeypatch, tmp_path):
         "env_id": "Bandit2Arms6-v0",
         "meta_batch_size": 500,
         "hidden_size": 16,
-        "learning_rate": 5e-3,
+        "learning_rate": 1e-2,
+        "num_minibatches": 4,
     }
-    settings |= {"total_timesteps": 500 * 6 * 100, "num_threads": 1, "eval_every": 1000}
+    settings |= {"total_timesteps": 500 * 6 * 60, "num_threads": 1, "eval_every": 1000}
     optimum, error = bandit_optimum(((0, 0),) * 2, 6), (6 / 4 / 20_000) ** 0.5
     score = rl2.main(Args(**settings))["eval/return_after_0_episodes"]
     assert optimum - 0.1 < score < optimum + 3 * error
@@ -900,6 +901,6 @@ def test_two_arms(monkeypatch, tmp_path):
     monkeypatch.setattr(
         Agent, "feedback", lambda *given: torch.cat([blank, given[-1][:, None]], -1)
     )
-    settings["total_timesteps"] //= 8
+    settings["total_timesteps"] //= 6
     blind = rl2.main(Args(**settings))["eval/return_after_0_episodes"]
     assert blind == pytest.approx(3, abs=0.06)
