@@ -76,11 +76,13 @@ VARIED = {"body_mass": 1.5, "body_inertia": 1.5, "geom_friction": 1.5, "dof_damp
 class MujocoEnvs(gym.vector.VectorEnv):
     """Lanes of a family; reset puts lane i in task i, a lane that has ended stays put and pays 0.
 
-    tasks: (n, 1) direction, velocity or angle; (n, 2) goal; (n, 3) goal and the index of its mode;
-    or (n, F) factors on a model's dynamics.
+    tasks: (n, 1) direction, velocity or angle; (n, 2) goal; or (n, F) factors on a model's
+    dynamics.
     """
 
     metadata: ClassVar = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
+    horizon = 200
+    num_modes = 0
 
     def __init__(self, env_id: str, num_envs: int):
         import mujoco.rollout
@@ -93,15 +95,14 @@ class MujocoEnvs(gym.vector.VectorEnv):
         self.noise = noise
         self.control_cost = control_cost
         self.name = model
-        self.num_modes = int(env_id[-4]) if model == "reacher" else 0
-        self.horizon = 50 if model == "reacher" else 200
         assets = Path(gym.__file__).parent / "envs" / "mujoco" / "assets"
         xml = MODELS.get(model) or (assets / f"{model}.xml").read_text()
         self.model = mujoco.MjModel.from_xml_string(xml)
         self.varies = env_id.endswith("RandParams-v0")
         if self.varies:
             self.model.opt.timestep = 0.004  # the original's, with its frame skip of 4
-        obs_size = 9 if model == "reacher" else self.model.nq + self.model.nv - hidden
+        self.state = self._start()
+        obs_size = self._obs().shape[1]
         self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_size,), np.float64)
         self.single_action_space = gym.spaces.Box(-1, 1, (self.model.nu,), np.float64)
         threads = torch.get_num_threads()
@@ -122,13 +123,6 @@ class MujocoEnvs(gym.vector.VectorEnv):
             sizes = [getattr(self.model, name).size for name in VARIED]
             bases = np.repeat([*VARIED.values()], sizes)
             return bases ** rng.uniform(-3, 3, (n, len(bases)))
-        if self.num_modes:  # on the diagonal, at the corners or on a hexagon; dealt in turn
-            mode = (rng.integers(self.num_modes) + np.arange(n)) % self.num_modes
-            angle = 2 * np.pi * mode / self.num_modes + (0 if self.num_modes == 6 else np.pi / 4)
-            goal = 0.225 * 2**0.5 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-            goal = goal + 0.1 * rng.normal(size=(n, 2))
-            radius = np.linalg.norm(goal, axis=1, keepdims=True)
-            return np.column_stack([goal * np.minimum(1, 0.3 / radius), mode])  # within reach
         if self.env_id.startswith("Sparse"):  # a half circle of radius 2
             angle = rng.uniform(0, np.pi, n)
             radius = np.full(n, 2.0)
@@ -143,14 +137,18 @@ class MujocoEnvs(gym.vector.VectorEnv):
         noise = rng.uniform(-self.noise, self.noise, (self.num_envs, nq + nv))
         if self.name in ("half_cheetah", "ant"):
             noise[:, nq:] = self.noise * rng.normal(size=(self.num_envs, nv))
-        start = np.concatenate([[0.0], self.model.qpos0, np.zeros(nv)])  # time, qpos, qvel
-        self.state = start + np.pad(noise, ((0, 0), (1, 0)))
+        self.state = self._start() + np.pad(noise, ((0, 0), (1, 0)))
         self.tasks = options["task"]
         self.ended = np.zeros(self.num_envs, bool)
         if self.varies:
             for model, task in zip(self.models, self.tasks, strict=True):
                 self._scale(model, task)
         return self._obs(), {}
+
+    def _start(self) -> np.ndarray:
+        """(B, 1 + nq + nv): time, qpos and qvel, without noise."""
+        start = np.concatenate([[0.0], self.model.qpos0, np.zeros(self.model.nv)])
+        return np.tile(start, (self.num_envs, 1))
 
     def _scale(self, model, factors: np.ndarray):
         """The original's arrays times the factors of a task, into its copy."""
@@ -188,8 +186,6 @@ class MujocoEnvs(gym.vector.VectorEnv):
             return task[0] * x_velocity, healthy, {}
         if self.env_id == "HalfCheetahVel-v0":
             return -np.abs(x_velocity - task[0]), healthy, {}
-        if self.name == "reacher":
-            return -np.abs(self._tip() - self.tasks[:, :2]).sum(axis=1), healthy, {}
         if self.env_id.endswith("Goal-v0"):
             offset = qpos[:, :2] - self.tasks
             distance = np.linalg.norm(offset, axis=1)
@@ -211,20 +207,48 @@ class MujocoEnvs(gym.vector.VectorEnv):
             return speed + 1, (0.2 <= height) & (height <= 1), {}
         return 1.25 * speed + 5, (1 <= height) & (height <= 2), {}  # humanoid
 
-    def _tip(self) -> np.ndarray:
-        """Where the reacher's three links end, (B, 2)."""
-        angle = self.state[:, 1:4].cumsum(axis=1)
-        return 0.1 * np.stack([np.cos(angle).sum(1), np.sin(angle).sum(1)], axis=1)
-
     def _obs(self) -> np.ndarray:
-        if self.name == "reacher":
-            angle, velocity = self.state[:, 1:4], self.state[:, 4:]
-            return np.concatenate([np.cos(angle), np.sin(angle), velocity], axis=1)
         obs = self.state[:, 1 + self.hidden :].copy()
         if self.varies:
             obs[:, -self.model.nv :] = obs[:, -self.model.nv :].clip(-10, 10)
         return obs
 
 
-for name in MUJOCO_FAMILIES:
-    gym.register(name, vector_entry_point=MujocoEnvs, kwargs={"env_id": name})
+class ReacherEnvs(MujocoEnvs):
+    """Lanes of an arm of three links, whose goals are around num_modes points.
+
+    tasks: (n, 3) goal and the index of its mode.
+    """
+
+    horizon = 50
+
+    def __init__(self, env_id: str, num_envs: int):
+        super().__init__(env_id, num_envs)
+        self.num_modes = int(env_id[-4])
+
+    def sample_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        """On the diagonal, at the corners of a square or on a hexagon; modes are dealt in turn."""
+        mode = (rng.integers(self.num_modes) + np.arange(n)) % self.num_modes
+        angle = 2 * np.pi * mode / self.num_modes + (0 if self.num_modes == 6 else np.pi / 4)
+        goal = 0.225 * 2**0.5 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+        goal = goal + 0.1 * rng.normal(size=(n, 2))
+        radius = np.linalg.norm(goal, axis=1, keepdims=True)
+        return np.column_stack([goal * np.minimum(1, 0.3 / radius), mode])  # within reach
+
+    def _judge(self, velocity: np.ndarray):
+        reward = -np.abs(self._tip() - self.tasks[:, :2]).sum(axis=1)
+        return reward, np.ones(self.num_envs, bool), {}
+
+    def _tip(self) -> np.ndarray:
+        """Where the reacher's three links end, (B, 2)."""
+        angle = self.state[:, 1:4].cumsum(axis=1)
+        return 0.1 * np.stack([np.cos(angle).sum(1), np.sin(angle).sum(1)], axis=1)
+
+    def _obs(self) -> np.ndarray:
+        angle, velocity = self.state[:, 1:4], self.state[:, 4:]
+        return np.concatenate([np.cos(angle), np.sin(angle), velocity], axis=1)
+
+
+for name, family in MUJOCO_FAMILIES.items():
+    entry_point = ReacherEnvs if family[0] == "reacher" else MujocoEnvs
+    gym.register(name, vector_entry_point=entry_point, kwargs={"env_id": name})

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from mujoco_tasks import MujocoEnvs
+from mujoco_tasks import ReacherEnvs
 
 TASKS = 500
 
@@ -37,7 +37,7 @@ def play(envs, tasks, target=None, spring=0.0, damping=0.0) -> float:
 
 def main():
     for modes in (2, 4, 6):
-        envs = MujocoEnvs(f"MultimodalReacher{modes}-v0", TASKS)
+        envs = ReacherEnvs(f"MultimodalReacher{modes}-v0", TASKS)
         tasks = envs.sample_tasks(TASKS, np.random.default_rng(0))
         goals, mode = tasks[:, :2], tasks[:, 2].astype(int)
         centres = np.stack([goals[mode == m].mean(axis=0) for m in range(modes)])

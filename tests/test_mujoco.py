@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from maml_trpo import make_envs
-from mujoco_tasks import MUJOCO_FAMILIES, MujocoEnvs
+from mujoco_tasks import MUJOCO_FAMILIES
 
 POSITIONS_AND_VELOCITIES = {
     f"include_{name}_in_observation": False
@@ -218,12 +218,13 @@ def test_modes_of_the_reacher():
 
 def test_threads_do_not_matter(env_id):
     """One thread or two give the same bits."""
-    envs = MujocoEnvs(env_id, 6)
+    make = gym.spec(env_id).vector_entry_point
+    envs = make(env_id, 6)
     tasks = envs.sample_tasks(6, np.random.default_rng(0))
     expected = drive(envs, tasks)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    two = MujocoEnvs(env_id, 6)
+    two = make(env_id, 6)
     torch.set_num_threads(threads)
     assert len(two.data) == 2 and same(drive(two, tasks), expected)
 
