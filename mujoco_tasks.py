@@ -165,8 +165,10 @@ class MujocoEnvs(gym.vector.VectorEnv):
         before = self.state[:, 1:3].copy()
         models = [self.models[i] for i in alive]
         start, steps = self.state[alive], self.frame_skip
-        states, _ = self.pool.rollout(models, self.data, start, control[alive, None], nstep=steps)
-        self.state[alive] = states[:, -1]
+        if models:
+            control_of = control[alive, None]
+            states, _ = self.pool.rollout(models, self.data, start, control_of, nstep=steps)
+            self.state[alive] = states[:, -1]
         velocity = (self.state[:, 1:3] - before) / (steps * self.model.opt.timestep)
         reward, healthy, info = self._judge(velocity)
         reward = np.where(self.ended, 0, reward - self.control_cost * (control**2).sum(axis=1))

@@ -241,7 +241,8 @@ def test_a_task_leaves_nothing_behind(env_id):
 
 @pytest.mark.parametrize("env_id", ["AntDir-v0", "HumanoidDir-v0", *VARIED])
 def test_ended_lanes_stay(env_id):
-    """A lane that is too high, or leans too far, ends; it stays where it is and pays nothing, and the others go on."""
+    """A lane that is too high, or leans too far, ends; it stays where it is and pays nothing, and the others go on,
+    until none is left."""
     envs = make_envs(env_id, 4)
     envs.reset(seed=0, options={"task": envs.sample_tasks(4, np.random.default_rng(0))})
     envs.state[0, 3] = 1.5 if env_id in VARIED else 5
@@ -251,6 +252,9 @@ def test_ended_lanes_stay(env_id):
     assert reward[0] == 0 and (reward[1:] != 0).all() and terminated[0]
     np.testing.assert_array_equal(later[0], obs[0])
     assert (later[1:] != obs[1:]).any(axis=1).all()
+    envs.ended[:] = True
+    last, reward, *_ = envs.step(np.ones(actions_shape(envs)))
+    assert np.array_equal(last, later) and not reward.any()
 
 
 @pytest.mark.parametrize("env_id", ["SparseAntGoal-v0", "SparseWheeledGoal-v0"])
