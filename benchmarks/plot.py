@@ -137,6 +137,8 @@ def draw(
 
     everyone: the labels of all panels, each of which has its colour.
     """
+    from matplotlib.ticker import LogLocator
+
     for label, runs in labels.items():
         name = tag or max((x for x in runs[0] if x.startswith("eval/return_after_")), key=episodes)
         steps, values = over_seeds(runs, name)
@@ -144,7 +146,10 @@ def draw(
         color = f"C{everyone.index(label)}"
         axes.plot(steps, iqm(values), color=color, label=f"{label} ({about})")
         axes.fill_between(steps, *interval(values), color=color, alpha=0.2, linewidth=0)
-    axes.set(xscale="log", xlabel="environment steps of meta-training")
+    axes.set(xscale="log", xlabel="million environment steps of meta-training")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda steps, _: f"{steps / 1e6:g}")
+    axes.xaxis.set_minor_formatter(lambda steps, _: "")
 
 
 def episodes(tag: str) -> int:

@@ -22,7 +22,7 @@ def load_module(name):
 
 plot, run = load_module("plot"), load_module("run")
 pearl_contexts, rl2_memory = load_module("pearl_contexts"), load_module("rl2_memory")
-animate = load_module("animate")
+animate, on_training_tasks = load_module("animate"), load_module("on_training_tasks")
 
 
 @pytest.fixture
@@ -150,6 +150,16 @@ def test_scores_per_task(train, monkeypatch, capsys):
     means = np.array([[float(cell.split(" ±")[0]) for cell in row] for row in cells])
     returns = [x for tag, x in sorted(metrics.items()) if tag.startswith("eval/return_after")]
     assert np.allclose(means.mean(0), returns, atol=0.1)
+
+
+def test_training_tasks(train):
+    """In place of the held-out ones: those that the run has seen."""
+    folder, _ = train(maml_trpo, num_train_tasks=6)
+    on_training_tasks.main("maml_trpo.py", str(folder), "--num-test-tasks", "6")
+    envs = maml_trpo.make_envs("PointRobot-v0")
+    with np.load(folder / "evaluation.npz") as file:
+        expected = envs.sample_tasks(6, np.random.default_rng([0, 0]))
+        assert np.array_equal(file["tasks"], expected)
 
 
 def test_both_scores(train):
