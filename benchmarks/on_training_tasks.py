@@ -1,6 +1,6 @@
 """The meta-test of a run on its training tasks in place of held-out ones: what it has learned by heart.
 
-    python benchmarks/on_training_tasks.py rl2.py runs/NAME --num-test-tasks 250
+    python benchmarks/on_training_tasks.py rl2 runs/NAME --num-test-tasks 250
 
 Flags are those of --evaluate; evaluation.npz in the run's folder is that of training tasks then. Of a fixed set
 (--num-train-tasks) give --num-test-tasks as many.
@@ -17,7 +17,7 @@ import numpy as np
 
 def main(script: str, folder: str, *flags: str) -> dict[str, float]:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    module = importlib.import_module(script.removesuffix(".py"))
+    module = importlib.import_module(script)
     args = module.parse(module.Args, ["--evaluate", folder, *flags])
     envs = module.make_envs(args.env_id)
     stream = [args.task_seed, 0]  # of training tasks, in make_tasks

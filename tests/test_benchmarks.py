@@ -155,7 +155,7 @@ def test_scores_per_task(train, monkeypatch, capsys):
 def test_training_tasks(train):
     """In place of the held-out ones: those that the run has seen."""
     folder, _ = train(maml_trpo, num_train_tasks=6)
-    on_training_tasks.main("maml_trpo.py", str(folder), "--num-test-tasks", "6")
+    on_training_tasks.main("maml_trpo", str(folder), "--num-test-tasks", "6")
     envs = maml_trpo.make_envs("PointRobot-v0")
     with np.load(folder / "evaluation.npz") as file:
         expected = envs.sample_tasks(6, np.random.default_rng([0, 0]))
