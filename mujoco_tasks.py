@@ -163,13 +163,16 @@ class MujocoEnvs(gym.vector.VectorEnv):
         low, high = self.model.actuator_ctrlrange.T
         control = low + (np.clip(actions, -1, 1) + 1) / 2 * (high - low)
         before = self.state[:, 1:3].copy()
-        models = [self.models[i] for i in alive]
-        start, steps = self.state[alive], self.frame_skip
-        if models:
-            control_of = control[alive, None]
-            states, _ = self.pool.rollout(models, self.data, start, control_of, nstep=steps)
+        if len(alive):
+            states, _ = self.pool.rollout(
+                [self.models[i] for i in alive],
+                self.data,
+                self.state[alive],
+                control[alive, None],
+                nstep=self.frame_skip,
+            )
             self.state[alive] = states[:, -1]
-        velocity = (self.state[:, 1:3] - before) / (steps * self.model.opt.timestep)
+        velocity = (self.state[:, 1:3] - before) / (self.frame_skip * self.model.opt.timestep)
         reward, healthy, info = self._judge(velocity)
         reward = np.where(self.ended, 0, reward - self.control_cost * (control**2).sum(axis=1))
         self.ended = self.ended | ~healthy

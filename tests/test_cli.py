@@ -338,6 +338,7 @@ def test_a_checkpoint_imports_nothing_from_the_working_folder(tmp_path, monkeypa
     monkeypatch.chdir(elsewhere)
     monkeypatch.syspath_prepend(str(elsewhere))
     script.main(script.parse(script.Args, tiny(script, env_id="foreign:Still-v0")))
+    del sys.modules["foreign"]
     (folder,) = (elsewhere / "runs").iterdir()
     (elsewhere / "imported").unlink()
     shutil.copy(elsewhere / "foreign.py", folder)
