@@ -20,21 +20,22 @@ Then, round by round:
 
 (3) Collect E episodes in N training tasks with the policy of θ. Per task: fit a linear baseline,
     estimate advantages A (GAE) and standardise them.
-(4) DAgger: collect episodes with the adapted policies φ_i, and add their states to D_i with the
-    expert's actions.
+(4) DAgger: collect episodes with the policies φ_i, adapted as in (5), and add their states to D_i
+    with the expert's actions.
 (5) Adapt: one policy-gradient step per task on (3), φ_i = θ - α ∘ ∇L_i(θ), with a step size for
     each parameter. L_i is the mean of -w A log π_θ(a|o); the importance weight
-    w = π_θ(a|o) / π_old(a|o), a constant, is 1 before (6).
-(6) Hundreds of Adam steps on θ and α, through (5), on the mean of (μ_φi(o) - a*)² over the states
-    of all D_i. The means of θ and α over these steps are what the next round begins with.
+    w = π_θ(a|o) / π_old(a|o), a constant, clipped, is 1 before (6).
+(6) Hundreds of Adam steps on θ and α, through (5), on the mean of (μ_φi(o) - a*)² over states drawn
+    from these tasks' D_i. The means of θ and α over the steps are what the next round begins with.
 (7) Meta-test: (3) and (5) on held-out tasks, where nothing but the reward tells the task.
 
 Train:     python gmps.py
 Resume:    python gmps.py --resume runs/NAME
 Evaluate:  python gmps.py --evaluate runs/NAME
 
-Differs from the paper in the policy's size and input, minibatches of D_i, DAgger's place in a
-round, and the means in (6): docs/gmps.md.
+Differs from the paper in clipped importance weights, the policy's size and input, minibatches of
+D_i, half of the tasks in a round, DAgger's place in it, step sizes that fall, and the means in (6).
+The whole list: docs/gmps.md.
 """
 
 from __future__ import annotations
@@ -48,13 +49,12 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial, wraps
+from functools import cache, partial
 from pathlib import Path
 from typing import ClassVar, Literal, NoReturn, get_args, get_type_hints
 
@@ -122,7 +122,7 @@ class Args:
     init_std: float = 0.3  # standard deviation of the actions before training, of [-1, 1]
     adapt: Literal["all", "bias", "none"] = "all"  # what the inner step changes; none is behaviour cloning
     inner_lr: float = 0.2  # α before training, step size of the adaptation
-    importance_clip: float = 1.5  # c, importance weights are clipped to [1/c, c] (1: no weights, 0: no clipping)
+    importance_clip: float = 1.5  # c, importance weights are clipped to [1/c, c] (1: no weights)
     gae_lambda: float = 1.0  # λ of generalised advantage estimation
     theta_weight: float = 0.0  # weight of the same loss with θ itself, so that its episodes come near what pays
     gradient_steps: int = 200  # Adam steps per round
@@ -133,7 +133,7 @@ class Args:
     dataset_size: int = 10_000  # labelled states kept per training task, the oldest are overwritten
 
     may_be_zero: ClassVar[set] = {"seed", "task_seed", "horizon", "num_threads", "num_eval_steps", "gae_lambda",
-                                  "expert_noise", "bias_size", "importance_clip", "theta_weight",
+                                  "expert_noise", "bias_size", "theta_weight",
                                   "averaged_share"}
     at_most_one: ClassVar[set] = {"gamma", "gae_lambda", "expert_gamma", "tau", "averaged_share"}
     gone: ClassVar[dict] = {"--expert-round-steps": "it paid on one family of three (docs/gmps.md)"}
@@ -147,8 +147,8 @@ class Policy(nn.Module):
     """Two ReLU layers to mean and log std of the actions: obs (..., O) -> (..., 2A).
 
     They read observations in the units of the demonstrations, and the parameters `bias`, the same
-    for all observations (the paper's bias transformation). The log std does not depend on them.
-    Beside θ are α, the step sizes of the adapted, those of θ that the inner step changes.
+    for all observations (the paper's bias transformation). The log std is one for all of them.
+    `adapted` names the parts of θ that the inner step changes; `step_sizes` are their α.
     """
 
     def __init__(self, obs_size: int, action_size: int, args: Args):
@@ -178,8 +178,8 @@ class Policy(nn.Module):
 
     def split(self) -> tuple[dict, dict]:
         """The meta-parameters: θ by name, and α of the adapted ones by name."""
-        own = self.named_parameters()
-        theta = {name: p for name, p in own if not name.startswith("step_sizes.")}
+        parameters = self.named_parameters()
+        theta = {name: p for name, p in parameters if not name.startswith("step_sizes.")}
         return theta, dict(zip(self.adapted, self.step_sizes, strict=True))
 
     def at(self, params, obs) -> torch.Tensor:
@@ -187,11 +187,11 @@ class Policy(nn.Module):
         return functional_call(self, params, (obs,), tie_weights=False)  # none are tied
 
     def each(self, params, obs) -> torch.Tensor:
-        """What N policies do, at once: params (N, ...) by name, obs (N, ..., O) -> (N, ..., 2A)."""
+        """forward of N policies at once: params (N, ...) by name, obs (N, ..., O)."""
         return vmap(self.at)(params, obs)
 
     def act(self, params, obs, noise) -> torch.Tensor:
-        """Of rollout: what they do on obs (N, E, O) with normal noise (N, E, A) -> (N, E, A)."""
+        """rollout's callback: actions (N, E, A) of params (N, ...) on obs (N, E, O)."""
         return draw_actions(self.each(params, obs), noise)
 
 
@@ -214,74 +214,65 @@ def collect(params, tasks, key, policy, args, test=False, deterministic=False) -
     return batch
 
 
-def inner_step(params, batch, step_sizes, policy, args) -> tuple[dict, torch.Tensor]:
-    """(5) φ = θ - α ∘ ∇L(θ) of one task, and its largest importance weight.
+def inner_loss(params, batch, policy, args) -> torch.Tensor:
+    """L of one task, batch without its task axis: -mean over the task's steps of w log π(a|o) A.
 
-    step_sizes: α by name, of the adapted parameters. L = -mean over the task's steps of
-    w log π(a|o) A, w = π(a|o) / π_old(a|o) held constant and clipped to [1/c, c].
+    w = π(a|o) / π_old(a|o), held constant and clipped to [1/c, c].
     """
-
-    def loss(adapted):
-        dist_params = policy.at(params | adapted, batch["obs"])
-        ratio = probability_ratio(dist_params, batch).detach()
-        weight = ratio
-        if args.importance_clip:
-            weight = ratio.clamp(1 / args.importance_clip, args.importance_clip)
-        logprobs = distribution(dist_params).log_prob(batch["actions"])
-        objective = weight * logprobs * batch["advantages"]
-        return -masked_mean(objective, batch["mask"]), ratio.amax()
-
-    gradient, largest = grad(loss, has_aux=True)({name: params[name] for name in step_sizes})
-    moved = {name: params[name] - alpha * gradient[name] for name, alpha in step_sizes.items()}
-    return params | moved, largest
+    dist_params = policy.at(params, batch["obs"])
+    weight = probability_ratio(dist_params, batch).detach()
+    weight = weight.clamp(1 / args.importance_clip, args.importance_clip)
+    objective = weight * distribution(dist_params).log_prob(batch["actions"])
+    return -masked_mean(objective * batch["advantages"], batch["mask"])
 
 
-def inner_steps(params, batch, step_sizes, policy, args) -> tuple[dict, torch.Tensor]:
+def inner_step(params, batch, step_sizes, policy, args) -> dict:
+    """(5) φ = θ - α ∘ ∇L(θ) for one task; step_sizes: α by name, of the adapted parameters."""
+    adapted = {name: params[name] for name in step_sizes}
+    grads = grad(lambda some: inner_loss(params | some, batch, policy, args))(adapted)
+    return params | {name: p - step_sizes[name] * grads[name] for name, p in adapted.items()}
+
+
+def inner_steps(params, batch, step_sizes, policy, args) -> dict:
     """(5) for N tasks at once: params and batch have a leading axis."""
     step = partial(inner_step, step_sizes=step_sizes, policy=policy, args=args)
     return vmap(step)(params, batch)
 
 
-def imitation_loss(theta, step_sizes, batch, demonstrated, policy, args) -> tuple:
+def imitation_loss(theta, step_sizes, batch, states, labels, policy, args) -> torch.Tensor:
     """(6) Mean of (μ_φi(o) - a*)² over tasks, states and the action's dimensions, and theta_weight
     times that of μ_θ.
 
-    batch: (N, E, T, ...) by name, of (3); demonstrated: states (N, B, O) and labels (N, B, A) of
-    the D_i. Also returns the tasks' largest importance weights, (N,).
+    batch: (N, E, T, ...) by name, of (3); states (N, B, O) and labels (N, B, A) are of the D_i.
     """
-    obs, labels = demonstrated
 
-    def of_task(batch, obs):
-        params, largest = inner_step(theta, batch, step_sizes, policy, args)
-        return policy.at(params, obs), largest
+    def of_task(batch, states):
+        return policy.at(inner_step(theta, batch, step_sizes, policy, args), states)
 
     together = vmap(of_task, chunk_size=tasks_at_once(batch["obs"]))
-    dist_params, largest = together(batch, obs)
-    means = dist_params[..., : labels.shape[-1]]
+    means, _ = together(batch, states).chunk(2, -1)
     loss = (means - labels).square().mean()
     if args.theta_weight:
-        before = policy.at(theta, obs)[..., : labels.shape[-1]]
-        loss = loss + args.theta_weight * (before - labels).square().mean()
-    return loss, largest
+        means, _ = policy.at(theta, states).chunk(2, -1)
+        loss = loss + args.theta_weight * (means - labels).square().mean()
+    return loss
 
 
-def imitation_step(ids, batch, optimizer, data, policy, generator, args) -> tuple:
-    """(6) An Adam step on θ and α, on states drawn from the D_i of the tasks ids (N,).
-
-    batch: that of (3). Returns the loss, and the tasks' largest importance weights, (N,).
-    """
-    demonstrated = data.sample(ids, args.batch_size, generator)
+def imitation_step(ids, batch, optimizer, data, policy, generator, args) -> torch.Tensor:
+    """(6) An Adam step on θ and α, on states drawn from the D_i of the tasks ids (N,); its loss."""
+    states, labels = data.sample(ids, args.batch_size, generator)
     theta, step_sizes = policy.split()
-    loss, largest = imitation_loss(theta, step_sizes, batch, demonstrated, policy, args)
+    loss = imitation_loss(theta, step_sizes, batch, states, labels, policy, args)
     apply_gradient(optimizer, loss)
-    return loss.detach(), largest.detach()
+    return loss.detach()
 
 
 def pick_tasks(n: int, num_tasks: int, run, args) -> np.ndarray:
-    """n of a rank's num_tasks tasks: one of each num_tasks / n neighbouring ones, in turn.
+    """The tasks of a round, n of a rank's num_tasks.
 
-    Where a pass over them begins is drawn: families deal their modes in turn, too, and a round is
-    to hold them all.
+    They are cut into n runs of neighbours, as families deal their modes in turn; of each run a
+    round takes one, the next one every time. A pass is the rounds until all were picked; where each
+    run begins is drawn anew for every pass.
     """
     firsts = np.arange(n + 1) * num_tasks // n
     rank = [run.rank] if run.rank else []  # as in run.key
@@ -300,14 +291,14 @@ def imitation_round(optimizer, data, policy, run, args) -> dict[str, float]:
 
     # (3) a batch of episodes
     params = {name: p.detach().expand(n, *p.shape) for name, p in theta.items()}
-    batch = collect(params, tasks, run.key("train", 2), policy, args)
+    batch = collect(params, tasks, run.key("train", 2), policy, args)  # 0 and 1: the expert's
     run.global_step += num_steps([batch])
     metrics = {"charts/pre_adaptation_return": task_mean(episode_scores(batch)["return"])}
 
-    # (4) DAgger
+    # (4) DAgger, where there is somebody to ask
     if args.dagger and data.act:
         with torch.no_grad():
-            params, _ = graphed(inner_steps, args)(params, batch, step_sizes, policy, args)
+            params = graphed(inner_steps, args)(params, batch, step_sizes, policy, args)
         fewer = replace(args, episodes_per_task=args.expert_episodes)
         visited = collect(params, tasks, run.key("train", 3), policy, fewer)
         run.global_step += num_steps([visited])
@@ -315,29 +306,27 @@ def imitation_round(optimizer, data, policy, run, args) -> dict[str, float]:
         metrics |= charts([batch, visited])
     run.lap("collect")
 
-    # (5), (6) many steps on what inner_step reads of this one batch
+    # (5), (6) Adam steps, all on this one batch
     names = ("obs", "actions", "mask", "advantages", "logprobs")
     batch = {name: batch[name] for name in names}
     generator = keyed_generator(args, *run.key("update"))
     step = graphed(imitation_step, args)
     total = 0
-    largest = torch.zeros(n, device=ids.device)
-    kept = max(1, round(args.averaged_share * args.gradient_steps))
+    averaged = max(1, round(args.averaged_share * args.gradient_steps))  # the last so many
     parameters = [p.detach() for p in policy.parameters()]
     means = [torch.zeros_like(p) for p in parameters]
-    for left in reversed(range(args.gradient_steps)):
-        loss, weights = step(ids, batch, optimizer, data, policy, generator, args)
-        total += loss
-        largest = torch.maximum(largest, weights)
-        if left < kept:
-            torch._foreach_add_(means, parameters, alpha=1 / kept)
-    torch._foreach_copy_(parameters, means)
+    for k in range(args.gradient_steps):
+        total += step(ids, batch, optimizer, data, policy, generator, args)
+        if k >= args.gradient_steps - averaged:
+            torch._foreach_add_(means, parameters, alpha=1 / averaged)
+    torch._foreach_copy_(parameters, means)  # what the next round begins with
     optimizer.param_groups[0]["lr"].mul_(args.learning_rate_decay)
+
     metrics["losses/imitation"] = task_mean(total / args.gradient_steps)
-    of_ranks = torch.zeros(run.num_ranks, device=ids.device)
-    of_ranks[run.rank] = largest.amax()
-    metrics["losses/importance_weight"] = all_reduce(of_ranks).amax().item()
     metrics["losses/action_std"] = theta["log_std"].exp().mean().item()
+    with torch.no_grad():
+        ratio = probability_ratio(policy.at(theta, batch["obs"]), batch) * batch["mask"]
+    metrics["losses/importance_weight"] = task_mean(ratio.flatten(1).amax(1))
     if not math.isfinite(metrics["losses/imitation"]):
         fail("the imitation loss is not finite: try a smaller --inner-lr or --learning-rate")
     run.lap("update")
@@ -349,14 +338,15 @@ def evaluate(tasks, policy, args) -> tuple[dict, dict]:
     """(7) Meta-test on tasks (M, K): scores before and after each of num_eval_steps adaptations.
 
     Returns {"return": (num_eval_steps + 1, M), ...}, means over a task's episodes, and the first
-    tasks' episodes. Draws depend on the seed alone: every call meets the same episodes. Only
-    sampled episodes are adapted to; those of --deterministic-eval are extra.
+    tasks' episodes. Every meta-test makes the same draws. Only sampled episodes are adapted to;
+    those of --deterministic-eval are extra.
     """
     theta, step_sizes = policy.split()
     scores = [[] for _ in range(args.num_eval_steps + 1)]
     episodes = {}
     for first in progress(range(0, len(tasks), args.meta_batch_size), args):
-        group = tasks[np.arange(first, first + args.meta_batch_size) % len(tasks)]  # wraps around
+        # the last group is filled up from the first tasks: one shape for all
+        group = tasks[np.arange(first, first + args.meta_batch_size) % len(tasks)]
         params = {name: p.expand(len(group), *p.shape) for name, p in theta.items()}
         for k in range(args.num_eval_steps + 1):
             play = partial(collect, params, group, ("eval", first, k), policy, args, test=True)
@@ -366,7 +356,7 @@ def evaluate(tasks, policy, args) -> tuple[dict, dict]:
             if first == 0:
                 episodes[f"obs_{k}"] = batch["obs"]
             if k < args.num_eval_steps:
-                params, _ = graphed(inner_steps, args)(params, batch, step_sizes, policy, args)
+                params = graphed(inner_steps, args)(params, batch, step_sizes, policy, args)
     return stack_scores(scores, len(tasks)), episodes
 
 
@@ -377,10 +367,6 @@ def main(args: Args) -> dict[str, float]:
     check_flags(envs, args)
     obs_size = envs.single_observation_space.shape[0]
     action_size = envs.single_action_space.shape[0]
-    if checkpoint:
-        train_tasks = checkpoint["tasks"].numpy()
-    elif args.demos:
-        train_tasks, rows, mask = load_demos(obs_size, action_size, train_tasks.shape[1:], args)
 
     # meta-parameters, θ and α
     policy = Policy(obs_size, action_size, args).to(device)
@@ -390,6 +376,10 @@ def main(args: Args) -> dict[str, float]:
         return report(scores, test_tasks, args, episodes)
 
     # the expert, and the D_i of this rank's tasks
+    if checkpoint:
+        train_tasks = checkpoint["tasks"].numpy()
+    elif args.demos:
+        train_tasks, rows, mask = load_demos(obs_size, action_size, train_tasks.shape[1:], args)
     saved = checkpoint.get("optimizer")
     optimizer = adam(policy.parameters(), args.learning_rate, args, saved)
     sac, data = make_expert(envs, train_tasks, args, checkpoint.get("sac"))
@@ -405,10 +395,12 @@ def main(args: Args) -> dict[str, float]:
                 sac.replay.load(own["sac"])
         while run.next_iteration():
             demonstrated = bool(data.replay.count.any())
-            if not demonstrated:
-                metrics = expert_iteration(sac, data, policy, run, args)
-            else:
+            if demonstrated:
+                # (3)-(6) a round
                 metrics = imitation_round(optimizer, data, policy, run, args)
+            else:
+                # (1), (2) the expert and its demonstrations, at the end of this file
+                metrics = expert_iteration(sac, data, policy, run, args)
 
             # log, (7) meta-test, save
             if demonstrated and run.due(args.eval_every):
@@ -430,9 +422,465 @@ def main(args: Args) -> dict[str, float]:
 
 
 # ==================================================================================================
-# From here on: blocks shared with the other scripts, the same bytes in each.
+# From here on: blocks shared with other scripts, the same bytes in each. First what belongs to the
+# algorithm, then what surrounds it: rollout, tasks, graphs, run.
 # ==================================================================================================
 
+# >>> shared: actions
+
+
+class Choice(Categorical):
+    """Categorical in fewer operations, and without gather, whose gradient is slow on a GPU if it is
+    to be deterministic.
+    """
+
+    def log_prob(self, value):
+        choices = torch.arange(self.logits.shape[-1], device=value.device)
+        return torch.where(value.unsqueeze(-1) == choices, self.logits, 0).sum(-1)
+
+    def entropy(self):
+        return -(self.probs * self.logits).sum(-1)
+
+
+def distribution(dist_params: torch.Tensor, discrete=False) -> Choice | Independent:
+    """Of mean and log std (..., 2A), or of logits (..., n); log_prob and KL are sums over A."""
+    if discrete:
+        return Choice(logits=dist_params, validate_args=False)
+    mean, log_std = dist_params.chunk(2, -1)
+    return Independent(Normal(mean, log_std.exp(), validate_args=False), 1)
+
+
+def draw_actions(dist_params: torch.Tensor, noise: torch.Tensor, discrete=False) -> torch.Tensor:
+    """Actions (..., A), or (...); noise (..., A): normal, for logits Gumbel, 0 for mean or mode."""
+    if discrete:
+        return (dist_params + noise).argmax(-1)  # Gumbel noise makes it a draw from the softmax
+    mean, log_std = dist_params.chunk(2, -1)
+    return mean + log_std.exp() * noise
+
+
+def probability_ratio(dist_params: torch.Tensor, batch: dict, discrete=False) -> torch.Tensor:
+    """π(a|o) / π_old(a|o) of the actions of a batch; 1 where the mask is 0."""
+    logprobs = distribution(dist_params, discrete).log_prob(batch["actions"])
+    return torch.exp((logprobs - batch["logprobs"]) * batch["mask"])
+
+
+def tasks_at_once(obs: torch.Tensor) -> int | None:
+    """How many of the tasks of obs (N, E, T, O) vmap takes at a time: 8000 steps suit a cache."""
+    return None if obs.is_cuda else max(1, 8000 // math.prod(obs.shape[1:-1]))
+
+
+# <<< shared: actions
+# >>> shared: advantages
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor, dim=None, keepdim=False) -> torch.Tensor:
+    """Mean of x where mask is 1, over dim or everything."""
+    return (x * mask).sum(dim, keepdim) / mask.sum(dim, keepdim)
+
+
+def discounted_sum(x: torch.Tensor, discount: float) -> torch.Tensor:
+    """y_t = Σ_{s ≥ t} discount^(s-t) x_s along the last axis, by a triangular matrix, whose product
+    is in double precision, as TF32 would be too coarse.
+    """
+    steps = torch.arange(x.shape[-1], device=x.device)
+    ahead = steps[:, None] - steps  # (s, t)
+    weights = torch.where(ahead >= 0, discount ** ahead.clamp(min=0).double(), 0)
+    return (x.double() @ weights).to(x.dtype)
+
+
+def gae(rewards, values, mask, gamma: float, gae_lambda: float) -> torch.Tensor:
+    """Generalised advantage estimates (..., T); after an episode's last step, one that a time limit
+    ends included, the value is 0.
+    """
+    values = values * mask
+    next_values = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
+    return discounted_sum((rewards + gamma * next_values - values) * mask, gamma * gae_lambda)
+
+
+# <<< shared: advantages
+# >>> shared: baseline
+
+
+def linear_baseline(obs: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Values (N, E, T), linear in o, o², t, t², t³ and 1, fitted to the returns of each task.
+
+    Ridge regression (1e-5) on the data that it predicts, o clipped to ±10 and t in hundreds: Duan
+    et al. 2016, arXiv 1604.06778, and the code of Finn et al. In double precision, as the features
+    are nearly collinear.
+    """
+    obs = obs.clamp(-10, 10).double()
+    t = torch.arange(obs.shape[2], device=obs.device).double() / 100
+    time = torch.stack([t, t**2, t**3, torch.ones_like(t)], -1).expand(*obs.shape[:3], 4)
+    x = torch.cat([obs, obs**2, time], -1).flatten(1, 2)  # (N, E T, F)
+    xm = x * mask.double().flatten(1, 2).unsqueeze(-1)
+    ridge = 1e-5 * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    targets = returns.double().flatten(1, 2).unsqueeze(-1)
+    weights = torch.linalg.solve(xm.mT @ x + ridge, xm.mT @ targets)
+    return (x @ weights).view_as(returns).to(returns.dtype)
+
+
+def standardised_advantages(batch, args) -> torch.Tensor:
+    """(N, E, T) against each task's linear baseline, with mean 0 and std 1 over its steps."""
+    mask = batch["mask"]
+    returns = discounted_sum(batch["rewards"], args.gamma)
+    values = linear_baseline(batch["obs"], returns, mask)
+    advantages = gae(batch["rewards"], values, mask, args.gamma, args.gae_lambda)
+    centred = (advantages - masked_mean(advantages, mask, (1, 2), True)) * mask
+    return centred / (masked_mean(centred**2, mask, (1, 2), True).sqrt() + 1e-8)
+
+
+# <<< shared: baseline
+# >>> shared: adam
+
+
+def adam(parameters, lr: float, args, saved: dict | None = None, eps=1e-8) -> torch.optim.Adam:
+    """Adam in a form that a graph can hold: step sizes are tensors, to be filled.
+
+    parameters: these, or groups. saved: the state_dict of a checkpoint, of whatever device.
+    """
+    optimizer = torch.optim.Adam(parameters, lr, eps=eps, fused=True, capturable=args.cuda)
+    if saved:
+        optimizer.load_state_dict(saved)
+    for group in optimizer.param_groups:
+        lr = torch.as_tensor(group["lr"], dtype=torch.float32)
+        group |= {"lr": lr.to(device_of(args)), "capturable": args.cuda}
+    return optimizer
+
+
+# <<< shared: adam
+# >>> shared: moments
+
+
+def moments(x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """Mean and standard deviation (...) of x (*mask.shape, ...) where mask is 1, over all ranks;
+    without a mask, of the rows of x (B, ...).
+    """
+    mask = x.new_ones(len(x)) if mask is None else mask
+    dims = tuple(range(mask.ndim))
+    weight = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+    count = all_reduce(mask.sum())
+    mean = all_reduce((x * weight).sum(dims)) / count
+    variance = all_reduce(((x - mean) ** 2 * weight).sum(dims)) / count
+    return mean, variance.sqrt()
+
+
+# <<< shared: moments
+# >>> shared: units
+
+
+def spread(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """moments, but a standard deviation of 1 for what varies by no more than rounding."""
+    mean, std = moments(x, mask)
+    return mean, torch.where(std > 1e-5 * mean.abs(), std, 1)
+
+
+class Units(nn.Module):
+    """x (..., *shape) less its mean, over its standard deviation, within ±10; 0 until measured."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.full(shape, torch.inf))
+
+    def measure(self, x: torch.Tensor, mask: torch.Tensor | None = None):
+        """Those of x (*mask.shape, *shape) become the units; mask: see moments."""
+        mean, std = spread(x, mask)
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x - self.mean) / self.std).clamp(-10, 10)
+
+
+# <<< shared: units
+# >>> shared: sac
+
+
+class MLP(nn.Module):
+    """Three hidden ReLU layers of `hidden` units; `stack` networks at once, each with own weights.
+
+    (..., inputs) -> (..., outputs); of a stack (stack, ..., inputs) -> (stack, ..., outputs).
+    Initialised as in the code of PEARL: uniform within 1 / sqrt(hidden), biases 0.1, the last layer
+    uniform within `last`.
+    """
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, stack: int = 1, last: float = 3e-3):
+        super().__init__()
+        sizes = [inputs, hidden, hidden, hidden, outputs]
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for i in range(4):
+            bound = hidden**-0.5 if i < 3 else last
+            weight = torch.empty(stack, sizes[i], sizes[i + 1]).uniform_(-bound, bound)
+            self.weights.append(nn.Parameter(weight))
+        for size in sizes[1:4]:
+            self.biases.append(nn.Parameter(torch.full((stack, 1, size), 0.1)))
+        self.biases.append(nn.Parameter(torch.empty(stack, 1, outputs).uniform_(-last, last)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = x.shape[:-1]
+        x = x.reshape(len(self.weights[0]), -1, x.shape[-1])
+        for i in range(4):
+            x = torch.baddbmm(self.biases[i], x, self.weights[i])
+            if i < 3:
+                x = x.relu_()
+        return x.view(*shape, -1)
+
+
+def tanh_gaussian(dist_params: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tanh of a Gaussian draw: mean and log std (..., 2A), normal noise (..., A).
+
+    Returns the action (..., A), its log-probability (...), mean and log std (..., A).
+    """
+    mean, log_std = dist_params.chunk(2, -1)
+    log_std = log_std.clamp(-20, 2)  # the original's bounds
+    raw = mean + log_std.exp() * noise
+    log_slope = 2 * (math.log(2) - raw - F.softplus(-2 * raw))  # log(1 - tanh²)
+    logprob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi) - log_slope
+    return raw.tanh(), logprob.sum(-1), mean, log_std
+
+
+class SoftActorCritic(nn.Module):
+    """Actor, twin critics and their targets, which are given something beside the observation."""
+
+    def __init__(self, obs_size: int, action_size: int, given_size: int, hidden_size: int):
+        super().__init__()
+        inputs = obs_size + given_size
+        self.actor = MLP(inputs, hidden_size, 2 * action_size, last=1e-3)
+        self.critics = MLP(inputs + action_size, hidden_size, 1, stack=2)
+        self.targets = copy.deepcopy(self.critics).requires_grad_(False)
+
+    def act(self, obs, given, noise) -> tuple[torch.Tensor, ...]:
+        """obs (..., O), given (..., G), normal noise (..., A) -> what tanh_gaussian returns."""
+        return tanh_gaussian(self.actor(torch.cat([obs, given], -1)), noise)
+
+    def values(self, critics, obs, given, action) -> torch.Tensor:
+        """obs (..., O), given (..., G), action (..., A) -> (2, ...), one value of each critic."""
+        x = torch.cat([obs, given, action], -1)
+        return critics(x.expand(2, *x.shape)).squeeze(-1)
+
+    def critic_loss(self, batch, given, noise, gamma, reward_scale, temperature) -> tuple:
+        """The critics' mean squared errors, summed, and their mean value.
+
+        batch: transitions (N, B, ...) by name; given (N, B, G); noise (N, B, A). The target is
+        y = scale r + γ (min Q'(s', a') - temperature log π(a'|s')), a' from the actor, and the
+        reward alone at a terminal state.
+        """
+        with torch.no_grad():
+            next_action, next_logprob, *_ = self.act(batch["next_obs"], given, noise)
+            next_values = self.values(self.targets, batch["next_obs"], given, next_action)
+            soft_value = next_values.amin(0) - temperature * next_logprob
+            goes_on = 1 - batch["terminated"].squeeze(-1)
+            y = reward_scale * batch["dense_rewards"].squeeze(-1) + gamma * goes_on * soft_value
+        values = self.values(self.critics, batch["obs"], given, batch["actions"])
+        return (values - y).square().mean((1, 2)).sum(), values.mean()
+
+    def actor_loss(self, batch, given, noise, regularization, temperature) -> tuple:
+        """temperature log π(a|s) - min Q(s, a), and the actions' mean log-probability.
+
+        Shapes as in critic_loss. regularization: weight of the squared mean and log std.
+        """
+        action, logprob, mean, log_std = self.act(batch["obs"], given, noise)
+        value = self.values(self.critics, batch["obs"], given, action).amin(0)
+        penalty = regularization * (mean.square().mean() + log_std.square().mean())
+        return (temperature * logprob - value).mean() + penalty, logprob.mean()
+
+    @torch.no_grad()
+    def update_targets(self, tau: float):
+        """targets ← (1 - τ) targets + τ critics."""
+        torch._foreach_lerp_([*self.targets.parameters()], [*self.critics.parameters()], tau)
+
+
+def apply_gradient(optimizer: torch.optim.Optimizer, loss: torch.Tensor):
+    """One step of the optimizer along its parameters' gradient, the mean over the ranks."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad()
+    loss.backward(inputs=parameters)
+    if ranks()[1] > 1:
+        gradients = [p.grad for p in parameters]
+        mean = all_reduce(parameters_to_vector(gradients)) / ranks()[1]
+        vector_to_parameters(mean, gradients)
+    optimizer.step()
+
+
+def to_rows(batch: dict, columns) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of episodes (N, E, T, ...), the columns as rows (N, E T, W); and the rows' mask (N, E T)."""
+    parts = [batch[name] for name in columns]
+    parts = [part if part.ndim == 4 else part.unsqueeze(-1) for part in parts]
+    return torch.cat(parts, -1).flatten(1, 2), batch["mask"].flatten(1, 2)
+
+
+def from_rows(rows: torch.Tensor, columns: dict[str, int]) -> dict[str, torch.Tensor]:
+    """Rows (..., W) as columns by name, each as wide as columns says."""
+    return dict(zip(columns, rows.split([*columns.values()], -1), strict=True))
+
+
+LONG = 1000  # steps of an episode, at most, that room is made for: a limit may be far beyond
+
+
+class Replay:
+    """Per task the last `capacity` transitions, each a row of `width` numbers, on the device.
+
+    A rank keeps those of its own tasks. flag: the one that sets the capacity.
+    """
+
+    def __init__(self, num_tasks, capacity, width, device, flag: str):
+        self.capacity = capacity
+        self.flag = flag
+        self.bytes = num_tasks * capacity * width * torch.get_default_dtype().itemsize
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if device.type == "cuda":
+            memory = torch.cuda.mem_get_info(device)[0]
+        if self.bytes > memory:
+            size = f"{num_tasks} tasks need {self.bytes / 1e9:.1f} GB of {memory / 1e9:.1f} GB"
+            fail(f"{flag} {capacity}: {size}, give a smaller one")
+        self.rows = torch.zeros(num_tasks * capacity, width, device=device)
+        self.count = torch.zeros(num_tasks, dtype=torch.long, device=device)  # rows ever added
+
+    def add(self, ids: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor):
+        """Append rows (N, B, W) where mask (N, B) is 1 to the different tasks ids (N,)."""
+        most = int(mask.sum(1).max())
+        if most > self.capacity:
+            fail(f"{self.flag} {self.capacity}: less than the {most} steps of a task at once")
+        position = self.count[ids].unsqueeze(1) + mask.long().cumsum(1) - 1
+        self.rows[self.index(ids, position)[mask > 0]] = rows[mask > 0]
+        self.count[ids] += mask.long().sum(1)
+
+    def gather(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Rows (N, B, W) of the tasks ids (N,), numbered (N, B) from the first ever added."""
+        return self.rows[self.index(ids, position)]
+
+    def sample(self, ids: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
+        """n rows of each of the tasks ids (N,), with replacement: (N, n, W)."""
+        size = self.count[ids].clamp(max=self.capacity).unsqueeze(1)
+        options = {"generator": generator, "device": ids.device, "dtype": torch.float64}
+        return self.gather(ids, (torch.rand(len(ids), n, **options) * size).long())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The filled rows and the counts, for load."""
+        return {"rows": self.rows[self.filled()], "count": self.count}
+
+    def load(self, state: dict[str, torch.Tensor]):
+        """What state has returned."""
+        self.count.copy_(state["count"])
+        self.rows[self.filled()] = state["rows"].to(self.rows)
+
+    def index(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        return ids.unsqueeze(1) * self.capacity + position % self.capacity
+
+    def filled(self) -> torch.Tensor:
+        """Which of rows hold a transition, (num_tasks capacity,)."""
+        size = self.count.clamp(max=self.capacity).unsqueeze(1)
+        return (torch.arange(self.capacity, device=size.device) < size).flatten()
+
+
+def reward_unit(replay: Replay, columns: dict[str, int]) -> torch.Tensor:
+    """Standard deviation of the dense rewards in all ranks' replays, at least a tenth of their
+    mean; 1 if all are 0.
+    """
+    rewards = from_rows(replay.rows[replay.filled()], columns)["dense_rewards"].double().flatten()
+    mean, std = moments(rewards)
+    unit = torch.maximum(std, mean.abs() / 10)  # or rewards that hardly vary would become large
+    return torch.where(unit > 0, unit, 1)
+
+
+# <<< shared: sac
+# >>> shared: rollout
+
+
+@torch.no_grad()
+def play_steps(act, params, lanes, noise, envs, args) -> tuple[tuple, dict]:
+    """Steps of all lanes, one for each of noise (N, E, T, A), or until none lives.
+
+    lanes: obs (B, O), alive (B,), and the tensors in which a family on the device keeps its state.
+    Returns lanes after the steps, and the steps, (B, T, ...) by name.
+    """
+    obs, alive, state = lanes
+    vars(envs).update(state)
+    can_be_captured = obs.is_cuda and envs.on_device
+    steps = []
+    for t in range(noise.shape[2]):
+        actions = act(params, obs.unflatten(0, noise.shape[:2]), noise[:, :, t]).flatten(0, 1)
+        next_obs, rewards, terminated, truncated, info = step_lanes(envs, actions)
+        step = {"obs": obs, "actions": actions, "next_obs": next_obs, "rewards": rewards, **info}
+        steps.append(step | {"terminated": terminated, "mask": alive})
+        obs = next_obs
+        alive = alive & ~(terminated | truncated)
+        if not can_be_captured and not alive.any():
+            break
+    length = noise.shape[2] if obs.is_cuda else 0  # graphs are of one shape
+    return (obs, alive, {x: vars(envs)[x] for x in state}), stack_steps(steps, length)
+
+
+@torch.no_grad()
+def rollout(act, params, tasks, episodes, key, args, deterministic=False) -> dict:
+    """E episodes in each of N tasks (N, K), all at once; key: of the draws.
+
+    act: params, obs (N, E, O), noise (N, E, A) -> actions (N, E, A), or (N, E) of Discrete ones; a
+    method or a function of a module, which a graph can know again. The noise is normal, or Gumbel
+    for Discrete actions, and 0 for the mean or mode.
+    Returns a batch, T being the longest episode; after an episode's end all of it is 0:
+
+    obs, next_obs           (N, E, T, O)  before and after the step
+    actions                 (N, E, T, A)  as chosen, unclipped; (N, E, T) if Discrete
+    rewards, dense_rewards  (N, E, T)     of the step
+    sparse_rewards, success (N, E, T)     the same, where tasks report them
+    terminated              (N, E, T)     1 where the step ended the episode, time limits excluded
+    mask                    (N, E, T)     1 up to the episode's end
+
+    On a GPU T is rounded up to whole hundreds, or the horizon: graphs are of one shape.
+    """
+    envs = make_envs(args.env_id, len(tasks) * episodes)
+    of_lanes = np.repeat(tasks, episodes, axis=0)
+    generator = keyed_generator(args, *key)
+    obs = reset_lanes(envs, of_lanes, generator)
+    require_finite({"next_obs": obs.unsqueeze(1)}, of_lanes, -1, args)
+    alive = torch.ones(len(of_lanes), dtype=torch.bool, device=obs.device)
+    lanes = obs, alive, {name: x for name, x in vars(envs).items() if torch.is_tensor(x)}
+    some_steps = graphed(play_steps, args) if envs.on_device else play_steps
+    act = act if envs.on_device else graphed(act, args)
+    blocks = []
+    for first in range(0, args.horizon, 100):
+        shape = (len(tasks), episodes, min(100, args.horizon - first))
+        noise = draw_noise(envs.single_action_space, shape, generator, deterministic)
+        lanes, rows = some_steps(act, params, lanes, noise, envs, args)
+        require_finite(rows, of_lanes, first, args)
+        blocks.append(rows)
+        if not lanes[1].any():
+            break
+
+    batch = {name: x.unflatten(0, shape[:2]) for name, x in join_blocks(blocks).items()}
+    batch["dense_rewards"] = batch["rewards"]
+    if "sparse_reward" in batch:
+        batch["sparse_rewards"] = batch.pop("sparse_reward")
+    return batch
+
+
+def episode_scores(batch, mean_actions: dict | None = None) -> dict[str, torch.Tensor]:
+    """Means over each task's episodes, (N,): undiscounted return and, where defined, success.
+
+    Given another batch, of mean actions, those are its scores, and the batch's are sampled_*.
+    """
+    if mean_actions:
+        sampled = {f"sampled_{name}": x for name, x in episode_scores(batch).items()}
+        return sampled | episode_scores(mean_actions)
+    scores = {"return": batch["rewards"].sum(-1).mean(1)}
+    if "success" in batch:
+        scores["success"] = batch["success"].amax(-1).mean(1)
+    return scores
+
+
+def charts(batches) -> dict[str, float]:
+    """charts/*, of an iteration's first batch, before adaptation, and of its last, after it."""
+    first, last = batches[0], batches[-1]
+    return {
+        "charts/pre_adaptation_return": task_mean(episode_scores(first)["return"]),
+        "charts/episodic_return": task_mean(episode_scores(last)["return"]),
+        "charts/episodic_length": task_mean(last["mask"].sum(-1)),
+    }
+
+
+# <<< shared: rollout
 # >>> shared: tasks
 
 POINT_FAMILIES = ["PointRobot-v0", "SparsePointRobot-v0", "Navigation2D-v0"]
@@ -528,25 +976,22 @@ class UserEnvs(gym.vector.VectorEnv):
         for method in ("sample_tasks", "set_task"):
             if not callable(self.of_env(method)):
                 fail(f"{env_id} is no family of tasks: it has no method {method} (docs/tasks.md)")
-        self.native_obs = self.envs[0].observation_space
-        self.native = self.envs[0].action_space
-        if not getattr(self.native_obs, "is_np_flattenable", False):
-            fail(f"{env_id} has observations that no vector holds: {self.native_obs}")
-        if self.native_obs.dtype == np.uint8 and len(self.native_obs.shape) == 3:
-            fail(f"{env_id} has images as observations, {self.native_obs}; vectors are supported")
-        if math.prod(getattr(self.native, "shape", None) or ()) == 0:
-            fail(f"{env_id} has no actions: {self.native}")
-        if not isinstance(self.native, gym.spaces.Box | gym.spaces.Discrete):
-            kind = type(self.native).__name__
-            fail(f"{env_id} has {kind} actions; Box and Discrete are supported")
+        obs = self.native_obs = self.envs[0].observation_space
+        flat = getattr(obs, "is_np_flattenable", False)
+        if not flat or (obs.dtype == np.uint8 and len(obs.shape) == 3):  # images
+            fail(f"{env_id} has observations {obs}; vectors are supported")
+        self.single_observation_space = gym.spaces.flatten_space(obs)
+        self.native = self.single_action_space = self.envs[0].action_space
         self.discrete = isinstance(self.native, gym.spaces.Discrete)
-        size = math.prod(self.native.shape)
-        self.single_observation_space = gym.spaces.flatten_space(self.native_obs)
-        self.single_action_space = (
-            self.native if self.discrete else gym.spaces.Box(-1, 1, (size,), np.float64)
-        )
+        if not self.discrete:
+            size = math.prod(self.native.shape) if isinstance(self.native, gym.spaces.Box) else 0
+            if size == 0:
+                fail(f"{env_id} has actions {self.native}; Box and Discrete are supported")
+            self.single_action_space = gym.spaces.Box(-1, 1, (size,), np.float64)
         self.horizon = self.envs[0].spec.max_episode_steps or 0
         self.num_modes = self.of_env("num_modes") or 0
+        if self.of_env("sample_test_tasks"):
+            self.sample_test_tasks = partial(self.sample_tasks, method="sample_test_tasks")
 
     def of_env(self, name: str, lane: int = 0):
         """An attribute of a lane's environment or of its wrappers; None if there is none."""
@@ -556,29 +1001,20 @@ class UserEnvs(gym.vector.VectorEnv):
     def sample_tasks(self, n: int, rng, method: str = "sample_tasks") -> np.ndarray:
         self.envs[0].unwrapped.np_random = rng
         tasks = self.of_env(method)(n)
-        try:
+        with suppress(ValueError):  # rows of several lengths
             array = np.asarray(tasks)
-        except ValueError:  # rows of several lengths
-            array = np.asarray(None)
-        if array.shape[:1] != (n,) or array.dtype.kind not in "biuf" or not array.size:
-            came = f"{array.dtype} {array.shape}" if array.ndim else type(tasks).__name__
-            fail(f"{self.env_id}: {method}({n}) must return {n} rows of numbers, not {came}")
-        if not np.isfinite(array).all():
-            fail(f"{self.env_id}: {method}({n}) returned tasks that are not finite")
-        return array
-
-    def sample_test_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        own = self.of_env("sample_test_tasks")
-        return self.sample_tasks(n, rng, "sample_test_tasks" if own else "sample_tasks")
+            numbers = array.dtype.kind in "biuf" and np.isfinite(array).all()
+            if numbers and array.size and array.shape[:1] == (n,):
+                return array
+        fail(f"{self.env_id}: {method}({n}) must return {n} rows of numbers, all of them finite")
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         seeds = np.random.default_rng(seed).integers(2**31, size=self.num_envs)
         self.obs = np.zeros((self.num_envs, *self.single_observation_space.shape))
         self.terminated = np.zeros(self.num_envs, bool)
         self.truncated = np.zeros(self.num_envs, bool)
-        for i, task in enumerate(options["task"]):
-            self.of_env("set_task", i)(task)
         for i, env in enumerate(self.envs):
+            self.of_env("set_task", i)(options["task"][i])
             told = env.reset(seed=int(seeds[i]))
             if not isinstance(told, tuple) or len(told) != 2:
                 fail(f"{self.env_id}: reset must return obs and info, not {told!r:.80}")
@@ -631,15 +1067,11 @@ class UserEnvs(gym.vector.VectorEnv):
 
     def _flat(self, method: str, obs) -> np.ndarray:
         """An observation as a vector; ends the program if it is none of its space."""
-        try:
+        with suppress(AttributeError, IndexError, KeyError, TypeError, ValueError):
             flat = gym.spaces.flatten(self.native_obs, obs)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            flat = np.empty(0)
-        if np.shape(flat) != self.single_observation_space.shape or flat.dtype.kind not in "biuf":
-            fail(
-                f"{self.env_id}: {method} returned {obs!r:.80}, no observation in {self.native_obs}"
-            )
-        return flat
+            if flat.shape == self.single_observation_space.shape:
+                return flat
+        fail(f"{self.env_id}: {method} returned {obs!r:.80}, no observation in {self.native_obs}")
 
     def _number(self, name: str, value) -> float:
         number = np.asarray(value)
@@ -708,8 +1140,7 @@ def make_tasks(args) -> tuple[gym.vector.VectorEnv, np.ndarray, np.ndarray]:
         nothing = torch.as_tensor(np.zeros((1, *space.shape), space.dtype))
         info = step_lanes(envs, nothing.to(generator.device))[4]
         if sparse and "sparse_reward" not in info:
-            dense = "give --train-reward dense --test-reward dense"
-            fail(f"{args.env_id} reports no sparse reward: {dense}")
+            fail(f"{args.env_id} reports no sparse reward: try --train-reward, --test-reward dense")
     return envs, train, test
 
 
@@ -721,6 +1152,8 @@ def require_memory(envs, args):
     needed["--hidden-size"] = 16 * args.hidden_size**2
     needed["--num-test-tasks"] = 8 * args.num_test_tasks
     needed["--num-train-tasks"] = 8 * args.num_train_tasks
+    if not hasattr(os, "sysconf"):  # on Windows
+        return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for flags, size in needed.items():
         if size > memory:
@@ -760,9 +1193,7 @@ def step_lanes(envs, actions: torch.Tensor) -> tuple:
     if envs.on_device:
         *told, info = envs.step(actions)
         return *told, {x: info[x] for x in names if x in info}
-    chosen = actions.cpu().numpy()
-    if not np.isfinite(chosen).all():
-        chosen = np.nan_to_num(chosen, posinf=0, neginf=0)
+    chosen = np.nan_to_num(actions.cpu().numpy(), posinf=0, neginf=0)
     obs, rewards, terminated, truncated, info = envs.step(chosen)
     names = [name for name in names if name in info]
     columns = [obs, rewards, terminated, truncated, *(info[name] for name in names)]
@@ -799,6 +1230,15 @@ def stack_steps(steps: list[dict], length: int = 0) -> dict:
     return rows
 
 
+def join_blocks(blocks: list[dict]) -> dict:
+    """Blocks of steps, (B, T, ...) by name, one after the other; 0 where a block lacks a name."""
+    joined = {}
+    for name in {name: x for rows in blocks for name, x in rows.items()}:
+        parts = [rows.get(name, torch.zeros_like(rows["rewards"])) for rows in blocks]
+        joined[name] = torch.cat(parts, 1)
+    return joined
+
+
 def require_finite(rows: dict, tasks: np.ndarray, first: int, args):
     """End the program if in steps (B, T, ...), from step first on, something is not finite.
 
@@ -807,117 +1247,16 @@ def require_finite(rows: dict, tasks: np.ndarray, first: int, args):
     if math.isfinite(sum(x.sum() for x in rows.values())):
         return
     names = {"next_obs": "observation", "rewards": "reward", "sparse_reward": "sparse reward"}
-    for t in range(next(iter(rows.values())).shape[1]):
-        for name, column in rows.items():
-            bad = ~column[:, t].isfinite().reshape(len(tasks), -1).all(1)
-            if bad.any() and name in ("actions", "values"):
-                fail(f"the policy has diverged, its {name} are not finite: try smaller step sizes")
-            if bad.any():
-                lane = int(bad.int().argmax())
-                where = f"in lane {lane}, step {first + t}, task {tasks[lane]}"
-                fail(f"{args.env_id}: {names.get(name, name)} is not finite {where}")
+    bad = [~x.isfinite().reshape(*x.shape[:2], -1).all(2) for x in rows.values()]
+    for t, column, lane in torch.stack(bad).permute(2, 0, 1).nonzero().tolist():  # the first step's
+        name = [*rows][column]
+        if name in ("actions", "values"):
+            fail(f"the policy has diverged, its {name} are not finite: try smaller step sizes")
+        where = f"in lane {lane}, step {first + t}, task {tasks[lane]}"
+        fail(f"{args.env_id}: {names.get(name, name)} is not finite {where}")
 
 
 # <<< shared: tasks
-# >>> shared: rollout
-
-
-@torch.no_grad()
-def play_steps(act, params, lanes, noise, envs, args) -> tuple[tuple, dict]:
-    """Steps of all lanes, one for each of noise (N, E, T, A), or until none lives.
-
-    lanes: obs (B, O), alive (B,), and the tensors in which a family on the device keeps its state.
-    Returns lanes after the steps, and the steps, (B, T, ...) by name.
-    """
-    obs, alive, state = lanes
-    vars(envs).update(state)
-    can_be_captured = obs.is_cuda and envs.on_device
-    steps = []
-    for t in range(noise.shape[2]):
-        actions = act(params, obs.unflatten(0, noise.shape[:2]), noise[:, :, t]).flatten(0, 1)
-        next_obs, rewards, terminated, truncated, info = step_lanes(envs, actions)
-        step = {"obs": obs, "actions": actions, "next_obs": next_obs, "rewards": rewards, **info}
-        steps.append(step | {"terminated": terminated, "mask": alive})
-        obs = next_obs
-        alive = alive & ~(terminated | truncated)
-        if not can_be_captured and not alive.any():
-            break
-    length = noise.shape[2] if obs.is_cuda else 0  # graphs are of one shape
-    return (obs, alive, {x: vars(envs)[x] for x in state}), stack_steps(steps, length)
-
-
-@torch.no_grad()
-def rollout(act, params, tasks, episodes, key, args, deterministic=False) -> dict:
-    """E episodes in each of N tasks (N, K), all at once; key: of the draws.
-
-    act: params, obs (N, E, O), noise (N, E, A) -> actions (N, E, A), or (N, E) of Discrete ones; a
-    method or a function of a module, which a graph can know again. The noise is normal, or Gumbel
-    for Discrete actions, and 0 for the mean or mode.
-    Returns a batch, T being the longest episode; after an episode's end all of it is 0:
-
-    obs, next_obs           (N, E, T, O)  before and after the step
-    actions                 (N, E, T, A)  as chosen, unclipped; (N, E, T) if Discrete
-    rewards, dense_rewards  (N, E, T)     of the step
-    sparse_rewards, success (N, E, T)     the same, where tasks report them
-    terminated              (N, E, T)     1 where the step ended the episode, time limits excluded
-    mask                    (N, E, T)     1 up to the episode's end
-
-    On a GPU T is rounded up to whole hundreds, or the horizon: graphs are of one shape.
-    """
-    envs = make_envs(args.env_id, len(tasks) * episodes)
-    of_lanes = np.repeat(tasks, episodes, axis=0)
-    generator = keyed_generator(args, *key)
-    obs = reset_lanes(envs, of_lanes, generator)
-    require_finite({"next_obs": obs.unsqueeze(1)}, of_lanes, -1, args)
-    alive = torch.ones(len(of_lanes), dtype=torch.bool, device=obs.device)
-    lanes = obs, alive, {name: x for name, x in vars(envs).items() if torch.is_tensor(x)}
-    some_steps = graphed(play_steps, args) if envs.on_device else play_steps
-    act = act if envs.on_device else graphed(act, args)
-    blocks = []
-    for first in range(0, args.horizon, 100):
-        shape = (len(tasks), episodes, min(100, args.horizon - first))
-        noise = draw_noise(envs.single_action_space, shape, generator, deterministic)
-        lanes, rows = some_steps(act, params, lanes, noise, envs, args)
-        require_finite(rows, of_lanes, first, args)
-        blocks.append(rows)
-        if not lanes[1].any():
-            break
-
-    batch = {}
-    for name in {name: x for rows in blocks for name, x in rows.items()}:
-        parts = [rows.get(name, torch.zeros_like(rows["rewards"])) for rows in blocks]
-        batch[name] = torch.cat(parts, 1).unflatten(0, shape[:2])
-    batch["dense_rewards"] = batch["rewards"]
-    if "sparse_reward" in batch:
-        batch["sparse_rewards"] = batch.pop("sparse_reward")
-    return batch
-
-
-def episode_scores(batch, mean_actions: dict | None = None) -> dict[str, torch.Tensor]:
-    """Means over each task's episodes, (N,): undiscounted return and, where defined, success.
-
-    Given another batch, of mean actions, those are its scores, and the batch's are sampled_*.
-    """
-    if mean_actions:
-        sampled = {f"sampled_{name}": x for name, x in episode_scores(batch).items()}
-        return sampled | episode_scores(mean_actions)
-    scores = {"return": batch["rewards"].sum(-1).mean(1)}
-    if "success" in batch:
-        scores["success"] = batch["success"].amax(-1).mean(1)
-    return scores
-
-
-def charts(batches) -> dict[str, float]:
-    """charts/*, of an iteration's first batch, before adaptation, and of its last, after it."""
-    first, last = batches[0], batches[-1]
-    return {
-        "charts/pre_adaptation_return": task_mean(episode_scores(first)["return"]),
-        "charts/episodic_return": task_mean(episode_scores(last)["return"]),
-        "charts/episodic_length": task_mean(last["mask"].sum(-1)),
-    }
-
-
-# <<< shared: rollout
 # >>> shared: graphs
 
 GRAPHS = {}  # of this run, by what they hold and the tensors' shapes
@@ -985,7 +1324,7 @@ def capture(function, inputs) -> tuple:
 # <<< shared: graphs
 # >>> shared: run
 
-FORMAT = 5  # of checkpoints; commit 663dc29 reads 4, 3629d7c 3, e70b381 2, 2d14005 unnumbered
+FORMAT = 6  # of checkpoints; commit c7abba7 reads 5, 663dc29 4, 3629d7c 3, e70b381 2
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "cudagraphs", "tf32", "num_threads"}
 MAY_CHANGE |= {"eval_every", "checkpoint_every", "track"}
 
@@ -1087,6 +1426,8 @@ def parse(args_class, argv: list[str] | None = None):
             where = f"{saved.env_id} is not beside the script, nor installed; if it is"
             fail(f"{where} in the working folder, give --env-id {saved.env_id} too")
         show(f"tasks of {folder} come from {found.origin}")
+    if "--env-id" in given and args.env_id != saved.env_id:
+        saved = replace(saved, horizon=0)  # that of the other family
     args = tyro.cli(args_class, args=argv, default=saved)
     args.from_parse = True
     return args
@@ -1101,6 +1442,8 @@ def saved_args(args, checkpoint: dict):
     saved = type(args)(**checkpoint["args"])
     if not getattr(args, "from_parse", False):
         given = {name: x for name, x in asdict(args).items() if x != getattr(type(args), name)}
+        if given.get("env_id", saved.env_id) != saved.env_id:
+            given = {"horizon": 0} | given  # that of the other family
         args = replace(saved, **given | {"cuda": args.cuda})  # which is about this machine
     for name in asdict(saved).keys() - MAY_CHANGE if args.resume else ():
         if getattr(args, name) != getattr(saved, name):
@@ -1171,32 +1514,24 @@ def cores() -> int:
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def restoring(main):
-    """main, which leaves torch's settings as they were, and in which sys.exit(0) is an error."""
-
-    @wraps(main)
-    def call(args):
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        threads = torch.get_num_threads()
-        holders = [(torch.utils.deterministic, "fill_uninitialized_memory")]
-        holders += [
-            (torch.backends.cuda.matmul, "allow_tf32"),
-            (torch.backends.cudnn, "allow_tf32"),
-        ]
-        before = {holder: getattr(*holder) for holder in holders}
-        try:
-            return main(args)
-        except SystemExit as error:
-            if error.code:
-                raise
-            fail("the environment has called sys.exit()")
-        finally:
-            torch.use_deterministic_algorithms(deterministic)
-            torch.set_num_threads(threads)
-            for holder, value in before.items():
-                setattr(*holder, value)
-
-    return call
+@contextmanager
+def guarded():
+    """Leaves torch's settings as they were; in it sys.exit(0) is an error."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    threads = torch.get_num_threads()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    except SystemExit as error:
+        if error.code:
+            raise
+        fail("the environment has called sys.exit()")
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        torch.set_num_threads(threads)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
 
 
 def join_ranks(args):
@@ -1236,11 +1571,8 @@ def load_checkpoint(folder: str, args_class, name: str = "checkpoint.pt") -> dic
     torch does not compare; an entry that was added, lost or reshaped shows in its layout.
     """
     path = Path(folder) / name
-    found = os.path.isfile(path)  # no, where the folder may not be searched
-    if not found and any(Path(folder).glob("events.out.tfevents.*")):
-        fail(f"{folder} was stopped before its first checkpoint: start again, without --resume")
-    if not found:
-        fail(f"{folder} is no run: there is no {path}")
+    if not os.path.isfile(path):  # or the folder may not be searched
+        fail(f"{folder} is no run, or was stopped before its first checkpoint: there is no {path}")
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
@@ -1263,10 +1595,9 @@ def restore(own: dict, saved: dict | None) -> dict:
     """What was saved in place of own tensors by name, if anything was; their shapes must agree."""
     if saved is None:
         return own
-    shapes = [{name: tuple(x.shape) for name, x in state.items()} for state in (own, saved)]
-    if shapes[0] != shapes[1]:
-        odd = sorted(name for name, _ in set(shapes[0].items()) ^ set(shapes[1].items()))
-        fail(f"the checkpoint is of other networks than these flags make: {odd[0]} differs")
+    shapes = [{(name, tuple(x.shape)) for name, x in state.items()} for state in (own, saved)]
+    for name, _ in sorted(shapes[0] ^ shapes[1]):
+        fail(f"the checkpoint is of other networks than these flags make: {name} differs")
     return {name: saved[name].to(x) for name, x in own.items()}
 
 
@@ -1286,7 +1617,7 @@ class Run:
         self.tracker = None
         self.start = self.printed = time.perf_counter()
         self.handlers = {}
-        if threading.current_thread() is threading.main_thread():
+        with suppress(ValueError):  # off the main thread there are none
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self._on_signal)
         now = all_reduce(torch.tensor(time.time_ns() // 10**6 * (self.rank == 0)))  # rank 0's
@@ -1519,365 +1850,6 @@ def report(scores: dict, tasks: np.ndarray, args, episodes: dict | None = None) 
 
 
 # <<< shared: run
-# >>> shared: adam
-
-
-def adam(parameters, lr: float, args, saved: dict | None = None, eps=1e-8) -> torch.optim.Adam:
-    """Adam in a form that a graph can hold: step sizes are tensors, to be filled.
-
-    parameters: these, or groups. saved: the state_dict of a checkpoint, of whatever device.
-    """
-    optimizer = torch.optim.Adam(parameters, lr, eps=eps, fused=True, capturable=args.cuda)
-    if saved:
-        optimizer.load_state_dict(saved)
-    for group in optimizer.param_groups:
-        lr = torch.as_tensor(group["lr"], dtype=torch.float32)
-        group |= {"lr": lr.to(device_of(args)), "capturable": args.cuda}
-    return optimizer
-
-
-# <<< shared: adam
-# >>> shared: actions
-
-
-class Choice(Categorical):
-    """Categorical in fewer operations, and without gather, whose gradient is slow on a GPU if it is
-    to be deterministic.
-    """
-
-    def log_prob(self, value):
-        choices = torch.arange(self.logits.shape[-1], device=value.device)
-        return torch.where(value.unsqueeze(-1) == choices, self.logits, 0).sum(-1)
-
-    def entropy(self):
-        return -(self.probs * self.logits).sum(-1)
-
-
-def distribution(dist_params: torch.Tensor, discrete=False) -> Choice | Independent:
-    """Of mean and log std (..., 2A), or of logits (..., n); log_prob and KL are sums over A."""
-    if discrete:
-        return Choice(logits=dist_params, validate_args=False)
-    mean, log_std = dist_params.chunk(2, -1)
-    return Independent(Normal(mean, log_std.exp(), validate_args=False), 1)
-
-
-def draw_actions(dist_params: torch.Tensor, noise: torch.Tensor, discrete=False) -> torch.Tensor:
-    """Actions (..., A), or (...); noise (..., A): normal, for logits Gumbel, 0 for mean or mode."""
-    if discrete:
-        return (dist_params + noise).argmax(-1)  # Gumbel noise makes it a draw from the softmax
-    mean, log_std = dist_params.chunk(2, -1)
-    return mean + log_std.exp() * noise
-
-
-def probability_ratio(dist_params: torch.Tensor, batch: dict, discrete=False) -> torch.Tensor:
-    """π(a|o) / π_old(a|o) of the actions of a batch; 1 where the mask is 0."""
-    logprobs = distribution(dist_params, discrete).log_prob(batch["actions"])
-    return torch.exp((logprobs - batch["logprobs"]) * batch["mask"])
-
-
-def tasks_at_once(obs: torch.Tensor) -> int | None:
-    """How many of the tasks of obs (N, E, T, O) vmap takes at a time: 8000 steps suit a cache."""
-    return None if obs.is_cuda else max(1, 8000 // math.prod(obs.shape[1:-1]))
-
-
-# <<< shared: actions
-# >>> shared: advantages
-
-
-def masked_mean(x: torch.Tensor, mask: torch.Tensor, dim=None, keepdim=False) -> torch.Tensor:
-    """Mean of x where mask is 1, over dim or everything."""
-    return (x * mask).sum(dim, keepdim) / mask.sum(dim, keepdim)
-
-
-def discounted_sum(x: torch.Tensor, discount: float) -> torch.Tensor:
-    """y_t = Σ_{s ≥ t} discount^(s-t) x_s along the last axis, by a triangular matrix, whose product
-    is in double precision, as TF32 would be too coarse.
-    """
-    steps = torch.arange(x.shape[-1], device=x.device)
-    ahead = steps[:, None] - steps  # (s, t)
-    weights = torch.where(ahead >= 0, discount ** ahead.clamp(min=0).double(), 0)
-    return (x.double() @ weights).to(x.dtype)
-
-
-def gae(rewards, values, mask, gamma: float, gae_lambda: float) -> torch.Tensor:
-    """Generalised advantage estimates (..., T); after an episode's last step, one that a time limit
-    ends included, the value is 0.
-    """
-    values = values * mask
-    next_values = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
-    return discounted_sum((rewards + gamma * next_values - values) * mask, gamma * gae_lambda)
-
-
-# <<< shared: advantages
-# >>> shared: moments
-
-
-def moments(x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    """Mean and standard deviation (...) of x (*mask.shape, ...) where mask is 1, over all ranks;
-    without a mask, of the rows of x (B, ...).
-    """
-    mask = x.new_ones(len(x)) if mask is None else mask
-    dims = tuple(range(mask.ndim))
-    weight = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
-    count = all_reduce(mask.sum())
-    mean = all_reduce((x * weight).sum(dims)) / count
-    variance = all_reduce(((x - mean) ** 2 * weight).sum(dims)) / count
-    return mean, variance.sqrt()
-
-
-# <<< shared: moments
-# >>> shared: units
-
-
-def spread(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """moments, but a standard deviation of 1 for what varies by no more than rounding."""
-    mean, std = moments(x, mask)
-    return mean, torch.where(std > 1e-5 * mean.abs(), std, 1)
-
-
-class Units(nn.Module):
-    """x (..., *shape) less its mean, over its standard deviation, within ±10; 0 until measured."""
-
-    def __init__(self, *shape: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("std", torch.full(shape, torch.inf))
-
-    def measure(self, x: torch.Tensor, mask: torch.Tensor | None = None):
-        """Those of x (*mask.shape, *shape) become the units; mask: see moments."""
-        mean, std = spread(x, mask)
-        self.mean.copy_(mean)
-        self.std.copy_(std)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ((x - self.mean) / self.std).clamp(-10, 10)
-
-
-# <<< shared: units
-# >>> shared: baseline
-
-
-def linear_baseline(obs: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Values (N, E, T), linear in o, o², t, t², t³ and 1, fitted to the returns of each task.
-
-    Ridge regression (1e-5) on the data that it predicts, o clipped to ±10 and t in hundreds: Duan
-    et al. 2016, arXiv 1604.06778, and the code of Finn et al. In double precision, as the features
-    are nearly collinear.
-    """
-    obs = obs.clamp(-10, 10).double()
-    t = torch.arange(obs.shape[2], device=obs.device).double() / 100
-    time = torch.stack([t, t**2, t**3, torch.ones_like(t)], -1).expand(*obs.shape[:3], 4)
-    x = torch.cat([obs, obs**2, time], -1).flatten(1, 2)  # (N, E T, F)
-    xm = x * mask.double().flatten(1, 2).unsqueeze(-1)
-    ridge = 1e-5 * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    targets = returns.double().flatten(1, 2).unsqueeze(-1)
-    weights = torch.linalg.solve(xm.mT @ x + ridge, xm.mT @ targets)
-    return (x @ weights).view_as(returns).to(returns.dtype)
-
-
-def standardised_advantages(batch, args) -> torch.Tensor:
-    """(N, E, T) against each task's linear baseline, with mean 0 and std 1 over its steps."""
-    mask = batch["mask"]
-    returns = discounted_sum(batch["rewards"], args.gamma)
-    values = linear_baseline(batch["obs"], returns, mask)
-    advantages = gae(batch["rewards"], values, mask, args.gamma, args.gae_lambda)
-    centred = (advantages - masked_mean(advantages, mask, (1, 2), True)) * mask
-    return centred / (masked_mean(centred**2, mask, (1, 2), True).sqrt() + 1e-8)
-
-
-# <<< shared: baseline
-# >>> shared: sac
-
-
-class MLP(nn.Module):
-    """Three hidden ReLU layers of `hidden` units; `stack` networks at once, each with own weights.
-
-    (..., inputs) -> (..., outputs); of a stack (stack, ..., inputs) -> (stack, ..., outputs).
-    Initialised as in the code of PEARL: uniform within 1 / sqrt(hidden), biases 0.1, the last layer
-    uniform within `last`.
-    """
-
-    def __init__(self, inputs: int, hidden: int, outputs: int, stack: int = 1, last: float = 3e-3):
-        super().__init__()
-        sizes = [inputs, hidden, hidden, hidden, outputs]
-        self.weights = nn.ParameterList()
-        self.biases = nn.ParameterList()
-        for i in range(4):
-            bound = hidden**-0.5 if i < 3 else last
-            weight = torch.empty(stack, sizes[i], sizes[i + 1]).uniform_(-bound, bound)
-            self.weights.append(nn.Parameter(weight))
-        for size in sizes[1:4]:
-            self.biases.append(nn.Parameter(torch.full((stack, 1, size), 0.1)))
-        self.biases.append(nn.Parameter(torch.empty(stack, 1, outputs).uniform_(-last, last)))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shape = x.shape[:-1]
-        x = x.reshape(len(self.weights[0]), -1, x.shape[-1])
-        for i in range(4):
-            x = torch.baddbmm(self.biases[i], x, self.weights[i])
-            if i < 3:
-                x = x.relu_()
-        return x.view(*shape, -1)
-
-
-def tanh_gaussian(dist_params: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tanh of a Gaussian draw: mean and log std (..., 2A), normal noise (..., A).
-
-    Returns the action (..., A), its log-probability (...), mean and log std (..., A).
-    """
-    mean, log_std = dist_params.chunk(2, -1)
-    log_std = log_std.clamp(-20, 2)  # the original's bounds
-    raw = mean + log_std.exp() * noise
-    log_slope = 2 * (math.log(2) - raw - F.softplus(-2 * raw))  # log(1 - tanh²)
-    logprob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi) - log_slope
-    return raw.tanh(), logprob.sum(-1), mean, log_std
-
-
-class SoftActorCritic(nn.Module):
-    """Actor, twin critics and their targets, which are given something beside the observation."""
-
-    def __init__(self, obs_size: int, action_size: int, given_size: int, hidden_size: int):
-        super().__init__()
-        inputs = obs_size + given_size
-        self.actor = MLP(inputs, hidden_size, 2 * action_size, last=1e-3)
-        self.critics = MLP(inputs + action_size, hidden_size, 1, stack=2)
-        self.targets = copy.deepcopy(self.critics).requires_grad_(False)
-
-    def act(self, obs, given, noise) -> tuple[torch.Tensor, ...]:
-        """obs (..., O), given (..., G), normal noise (..., A) -> what tanh_gaussian returns."""
-        return tanh_gaussian(self.actor(torch.cat([obs, given], -1)), noise)
-
-    def values(self, critics, obs, given, action) -> torch.Tensor:
-        """obs (..., O), given (..., G), action (..., A) -> (2, ...), one value of each critic."""
-        x = torch.cat([obs, given, action], -1)
-        return critics(x.expand(2, *x.shape)).squeeze(-1)
-
-    def critic_loss(self, batch, given, noise, gamma, reward_scale, temperature) -> tuple:
-        """The critics' mean squared errors, summed, and their mean value.
-
-        batch: transitions (N, B, ...) by name; given (N, B, G); noise (N, B, A). The target is
-        y = scale r + γ (min Q'(s', a') - temperature log π(a'|s')), a' from the actor, and the
-        reward alone at a terminal state.
-        """
-        with torch.no_grad():
-            next_action, next_logprob, *_ = self.act(batch["next_obs"], given, noise)
-            next_values = self.values(self.targets, batch["next_obs"], given, next_action)
-            soft_value = next_values.amin(0) - temperature * next_logprob
-            goes_on = 1 - batch["terminated"].squeeze(-1)
-            y = reward_scale * batch["dense_rewards"].squeeze(-1) + gamma * goes_on * soft_value
-        values = self.values(self.critics, batch["obs"], given, batch["actions"])
-        return (values - y).square().mean((1, 2)).sum(), values.mean()
-
-    def actor_loss(self, batch, given, noise, regularization, temperature) -> tuple:
-        """temperature log π(a|s) - min Q(s, a), and the actions' mean log-probability.
-
-        Shapes as in critic_loss. regularization: weight of the squared mean and log std.
-        """
-        action, logprob, mean, log_std = self.act(batch["obs"], given, noise)
-        value = self.values(self.critics, batch["obs"], given, action).amin(0)
-        penalty = regularization * (mean.square().mean() + log_std.square().mean())
-        return (temperature * logprob - value).mean() + penalty, logprob.mean()
-
-    @torch.no_grad()
-    def follow(self, tau: float):
-        """targets ← (1 - τ) targets + τ critics."""
-        torch._foreach_lerp_([*self.targets.parameters()], [*self.critics.parameters()], tau)
-
-
-def apply_gradient(optimizer: torch.optim.Optimizer, loss: torch.Tensor):
-    """One step of the optimizer along its parameters' gradient, the mean over the ranks."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.zero_grad()
-    loss.backward(inputs=parameters)
-    if ranks()[1] > 1:
-        gradients = [p.grad for p in parameters]
-        mean = all_reduce(parameters_to_vector(gradients)) / ranks()[1]
-        vector_to_parameters(mean, gradients)
-    optimizer.step()
-
-
-def to_rows(batch: dict, columns) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of episodes (N, E, T, ...), the columns as rows (N, E T, W); and the rows' mask (N, E T)."""
-    parts = [batch[name] for name in columns]
-    parts = [part if part.ndim == 4 else part.unsqueeze(-1) for part in parts]
-    return torch.cat(parts, -1).flatten(1, 2), batch["mask"].flatten(1, 2)
-
-
-def from_rows(rows: torch.Tensor, columns: dict[str, int]) -> dict[str, torch.Tensor]:
-    """Rows (..., W) as columns by name, each as wide as columns says."""
-    return dict(zip(columns, rows.split([*columns.values()], -1), strict=True))
-
-
-LONG = 1000  # steps of an episode, at most, that room is made for: a limit may be far beyond
-
-
-class Replay:
-    """Per task the last `capacity` transitions, each a row of `width` numbers, on the device.
-
-    A rank keeps those of its own tasks. flag: the one that sets the capacity.
-    """
-
-    def __init__(self, num_tasks, capacity, width, device, flag: str):
-        self.capacity = capacity
-        self.flag = flag
-        self.bytes = num_tasks * capacity * width * torch.get_default_dtype().itemsize
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if device.type == "cuda":
-            memory = torch.cuda.mem_get_info(device)[0]
-        if self.bytes > memory:
-            size = f"{num_tasks} tasks need {self.bytes / 1e9:.1f} GB of {memory / 1e9:.1f} GB"
-            fail(f"{flag} {capacity}: {size}, give a smaller one")
-        self.rows = torch.zeros(num_tasks * capacity, width, device=device)
-        self.count = torch.zeros(num_tasks, dtype=torch.long, device=device)  # rows ever added
-
-    def add(self, ids: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor):
-        """Append rows (N, B, W) where mask (N, B) is 1 to the different tasks ids (N,)."""
-        most = int(mask.sum(1).max())
-        if most > self.capacity:
-            fail(f"{self.flag} {self.capacity}: less than the {most} steps of a task at once")
-        position = self.count[ids].unsqueeze(1) + mask.long().cumsum(1) - 1
-        self.rows[self.index(ids, position)[mask > 0]] = rows[mask > 0]
-        self.count[ids] += mask.long().sum(1)
-
-    def gather(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Rows (N, B, W) of the tasks ids (N,), numbered (N, B) from the first ever added."""
-        return self.rows[self.index(ids, position)]
-
-    def sample(self, ids: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
-        """n rows of each of the tasks ids (N,), with replacement: (N, n, W)."""
-        size = self.count[ids].clamp(max=self.capacity).unsqueeze(1)
-        options = {"generator": generator, "device": ids.device, "dtype": torch.float64}
-        return self.gather(ids, (torch.rand(len(ids), n, **options) * size).long())
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """The filled rows and the counts, for load."""
-        return {"rows": self.rows[self.filled()], "count": self.count}
-
-    def load(self, state: dict[str, torch.Tensor]):
-        """What state has returned."""
-        self.count.copy_(state["count"])
-        self.rows[self.filled()] = state["rows"].to(self.rows)
-
-    def index(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        return ids.unsqueeze(1) * self.capacity + position % self.capacity
-
-    def filled(self) -> torch.Tensor:
-        """Which of rows hold a transition, (num_tasks capacity,)."""
-        size = self.count.clamp(max=self.capacity).unsqueeze(1)
-        return (torch.arange(self.capacity, device=size.device) < size).flatten()
-
-
-def reward_unit(replay: Replay, columns: dict[str, int]) -> torch.Tensor:
-    """Standard deviation of the dense rewards in all ranks' replays, at least a tenth of their
-    mean; 1 if all are 0.
-    """
-    rewards = from_rows(replay.rows[replay.filled()], columns)["dense_rewards"].double().flatten()
-    mean, std = moments(rewards)
-    unit = torch.maximum(std, mean.abs() / 10)  # or rewards that hardly vary would become large
-    return torch.where(unit > 0, unit, 1)
-
-
-# <<< shared: sac
 
 # ==================================================================================================
 # (1), (2) The experts and what they demonstrate, which only this script has.
@@ -1893,7 +1865,9 @@ def expert_iteration(sac, data, policy, run, args) -> dict[str, float]:
 
     # (1) episodes in all tasks, and gradient steps
     if sac:
-        batch = rollout(sac.act, data.told, data.tasks, episodes, run.key("train", 0), args)
+        batch = rollout(
+            sac.act, data.tasks_on_device, data.tasks, episodes, run.key("train", 0), args
+        )
         run.global_step += num_steps([batch])
         rows, mask = to_rows(batch, sac.columns)
         sac.replay.add(data.ids, rows, mask)
@@ -1901,14 +1875,16 @@ def expert_iteration(sac, data, policy, run, args) -> dict[str, float]:
         run.lap("collect")
         if run.iteration == 1:
             sac.networks.reward_unit.copy_(reward_unit(sac.replay, sac.columns))
-        metrics |= sac.learn(data.told, run.key("update"), args)
+        metrics |= sac.learn(data.tasks_on_device, run.key("update"), args)
         run.lap("update")
 
     # (2) demonstrations
     if not sac or run.global_step >= args.expert_timesteps:
         # a graph would be replayed but once, and cannot hold a user's expert, which is on the host
         once = replace(args, cudagraphs=False)
-        batch = rollout(data.noisy_act, data.told, data.tasks, episodes, run.key("train", 1), once)
+        batch = rollout(
+            data.noisy_act, data.tasks_on_device, data.tasks, episodes, run.key("train", 1), once
+        )
         run.global_step += num_steps([batch])
         if run.complete:
             used_up = f"the expert has used up {run.global_step}, give more"
@@ -1956,7 +1932,7 @@ class SacExpert:
         return ((tasks - self.mean) / self.scale).flatten(1)
 
     def act(self, tasks, obs, noise) -> torch.Tensor:
-        """Of rollout: tasks (M, K), obs (M, E, O), normal noise (M, E, A) -> (M, E, A)."""
+        """rollout's callback: tasks (M, K), obs (M, E, O), normal noise (M, E, A) -> (M, E, A)."""
         given = self.units(tasks).unsqueeze(1).expand(-1, obs.shape[1], -1)
         return self.networks.act(obs, given, noise)[0]
 
@@ -1980,7 +1956,7 @@ class SacExpert:
         apply_gradient(self.optimizers["critics"], qf_loss)
         actor_loss, logprob = self.networks.actor_loss(batch, given, noise[1], 0, temperature)
         apply_gradient(self.optimizers["actor"], actor_loss)
-        self.networks.follow(args.tau)
+        self.networks.update_targets(args.tau)
         return torch.stack([qf_loss, actor_loss, -logprob]).detach()
 
     def learn(self, tasks, key, args) -> dict[str, float]:
@@ -2028,43 +2004,43 @@ def make_expert(envs, train_tasks: np.ndarray, args: Args, saved: dict | None = 
     """
     sizes = (envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
     dtype = torch.get_default_dtype()
-    told = torch.as_tensor(train_tasks, dtype=dtype, device=device_of(args))
+    on_device = torch.as_tensor(train_tasks, dtype=dtype, device=device_of(args))
     sac = act = None
     if args.expert == "sac":
-        sac = SacExpert(told, *sizes, args, saved)
+        sac = SacExpert(on_device, *sizes, args, saved)
         act = sac.mean_actions
     if args.expert == "scripted":
         act = scripted_expert(envs)
-    return sac, Demonstrations(train_tasks, told, act, sizes, args)
+    return sac, Demonstrations(train_tasks, on_device, act, sizes, args)
 
 
 class Demonstrations:
     """(2) D_i of this rank's M training tasks: states, and what the expert does there, a*.
 
-    tasks: (all of them, K); told: the same, on the device. act: (obs (B, O), told (B, K)) ->
+    tasks: (all of them, K); on_device: the same there. act: (obs (B, O), tasks (B, K)) ->
     actions (B, A), or None where there is nobody to ask.
     """
 
-    def __init__(self, tasks: np.ndarray, told: torch.Tensor, act, sizes: tuple, args: Args):
+    def __init__(self, tasks: np.ndarray, on_device: torch.Tensor, act, sizes: tuple, args: Args):
         rank, num_ranks = ranks()
         self.own = np.array_split(np.arange(len(tasks)), num_ranks)[rank]
         self.tasks = tasks[self.own]
-        self.told = told[self.own]
-        self.ids = torch.arange(len(self.own), device=told.device)
+        self.tasks_on_device = on_device[self.own]
+        self.ids = torch.arange(len(self.own), device=on_device.device)
         self.act = act
         self.noise = args.expert_noise
         self.columns = dict(zip(("obs", "labels"), sizes, strict=True))
         size = args.dataset_size
-        self.replay = Replay(len(self.own), size, sum(sizes), told.device, "--dataset-size")
+        self.replay = Replay(len(self.own), size, sum(sizes), on_device.device, "--dataset-size")
 
     def fill(self, rows: np.ndarray, mask: np.ndarray):
         """Keep what load_demos returns."""
-        device = self.told.device
-        rows = torch.as_tensor(rows[self.own], dtype=self.told.dtype, device=device)
+        device = self.tasks_on_device.device
+        rows = torch.as_tensor(rows[self.own], dtype=self.tasks_on_device.dtype, device=device)
         self.replay.add(self.ids, rows, torch.as_tensor(mask[self.own], device=device))
 
     def noisy_act(self, tasks, obs, noise) -> torch.Tensor:
-        """Of rollout: told tasks (M, K), obs (M, E, O), normal noise (M, E, A) -> (M, E, A)."""
+        """rollout's callback: tasks (M, K), obs (M, E, O), normal noise (M, E, A) -> (M, E, A)."""
         lanes = tasks.repeat_interleave(obs.shape[1], 0)
         actions = self.act(obs.flatten(0, 1), lanes).unflatten(0, obs.shape[:2])
         return actions + self.noise * noise
@@ -2074,8 +2050,8 @@ class Demonstrations:
         """Label the states of episodes (N, E, T, ...) of the tasks ids (N,), and keep them."""
         valid = batch["mask"] > 0
         labels = torch.zeros_like(batch["actions"])
-        told = self.told[ids][valid.nonzero()[:, 0]]
-        labels[valid] = self.act(batch["obs"][valid], told).clamp(-1, 1)
+        tasks = self.tasks_on_device[ids][valid.nonzero()[:, 0]]
+        labels[valid] = self.act(batch["obs"][valid], tasks).clamp(-1, 1)
         rows, mask = to_rows(batch | {"labels": labels}, self.columns)
         self.replay.add(ids, rows, mask)
 
@@ -2140,8 +2116,8 @@ def check_flags(envs, args):
         fail(f"--num-train-tasks {args.num_train_tasks}: {few}")
     if args.num_train_tasks % ranks()[1]:
         fail(f"--num-train-tasks {args.num_train_tasks}: not divisible by the {ranks()[1]} ranks")
-    if 0 < args.importance_clip < 1:
-        fail(f"--importance-clip {args.importance_clip}: must be 0, or 1 or more")
+    if args.importance_clip < 1:
+        fail(f"--importance-clip {args.importance_clip}: must be 1 or more")
     if bool(args.demos) != (args.expert == "demos"):
         fail("--expert demos and --demos FILE go together")
     episodes = args.expert_episodes * min(args.horizon, LONG)  # steps in a task at once
@@ -2155,7 +2131,7 @@ def check_flags(envs, args):
         fail(f"--dataset-size {args.dataset_size}: {few}")
 
 
-main = restoring(main)
+main = guarded()(main)
 
 if __name__ == "__main__":
     main(parse(Args))

@@ -12,14 +12,16 @@ episodes of the task and says how to modulate the policy's layers, τ = (γ, β)
 h = tanh((W x + b) (1 + γ) + β). Gradient steps then fine-tune the modulated policy. Each iteration:
 
 (1) Draw a meta-batch of N tasks from the training distribution.
-(2) Collect E episodes in every task i with the policy of θ, unmodulated: τ = 0.
-(3) Embed: a recurrent network reads each episode, and their mean makes the task's embedding. τ_i is
-    linear in that, and stays as it is for the rest of the iteration.
+(2) Collect E episodes in every task i with the policy of θ, unmodulated: τ = 0. Their advantages A
+    are against a linear baseline, standardised per task.
+(3) Embed: a recurrent network reads each episode; the mean of what it makes of them, through more
+    layers, is the task's embedding. τ_i is linear in it, and fixed for the rest of the iteration.
 (4) Adapt: one gradient step per task, θ_i ← θ_i - α ∇L_i(θ_i), on the likelihood-ratio loss of the
     latest episodes, under the modulation that they were collected with: none in the first step.
-(5) Collect E episodes in every task with the policy (θ_i, τ_i). Repeat (4) and (5) K times.
-(6) Meta-loss (ProMP): the clipped surrogate of the last episodes, and KLs that keep the policies of
-    the earlier ones where they were. Steps of Adam on θ and the network, through (3) and all (4).
+(5) Collect E episodes in every task with the policy (θ_i, τ_i). (4) and (5) are done K times.
+(6) Meta-loss (ProMP): the clipped surrogate of the last episodes, and the mean KL of the policies
+    that played the earlier ones, old against new. Steps of Adam on θ and the network, through (3)
+    and all (4).
 (7) Meta-test: (2)-(5) on held-out tasks, the return before and after every adaptation step.
 
 Train:     python mmaml.py
@@ -28,7 +30,8 @@ Evaluate:  python mmaml.py --evaluate runs/NAME
 
 ProMP is --no-modulation; --oracle-mode is told a task's mode. Differs from the paper's code in:
 shifts (--modulation scale: none), whole episodes, normalised inputs and embeddings, step sizes of
-Adam that follow the clipped share. The whole list: docs/mmaml.md.
+Adam that follow the clipped share, and a first iteration that only measures the units of
+observations. The whole list: docs/mmaml.md.
 """
 
 from __future__ import annotations
@@ -41,13 +44,12 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial, wraps
+from functools import cache, partial
 from pathlib import Path
 from typing import ClassVar, Literal, NoReturn, get_args, get_type_hints
 
@@ -123,7 +125,10 @@ class Args:
 
 
 class Policy(nn.Module):
-    """Two modulated tanh layers to mean, log std or logits: (..., O), τ (2, 2, H) -> (..., D)."""
+    """Two modulated tanh layers to mean and log std, or logits: obs (..., O) -> (..., D).
+
+    τ: (2 layers, γ and β, H).
+    """
 
     def __init__(self, obs_size: int, action_space: gym.Space, args: Args):
         super().__init__()
@@ -151,7 +156,7 @@ class Policy(nn.Module):
         return torch.cat([mean, (math.log(self.action_scale) + log_std).expand_as(mean)], -1)
 
     def act(self, params, obs, noise) -> torch.Tensor:
-        """Of rollout: what policies of params (θ, τ) do, obs (N, E, O) -> actions (N, E, A)."""
+        """rollout's callback: actions (N, E, A) of params (θ, τ) (N, ...) on obs (N, E, O)."""
         return draw_actions(policies(self, params, obs), noise, self.discrete)
 
 
@@ -192,8 +197,9 @@ class Encoder(nn.Module):
         self.mean.lerp_(mean, share)
 
     def forward(self, batch) -> torch.Tensor:
-        std = self.variance.sqrt()  # what hardly varies keeps its unit
-        inputs = (self.inputs(batch) - self.mean) / torch.where(std > 1e-3, std, 1)
+        std = self.variance.sqrt()
+        std = torch.where(std > 1e-5 * self.mean.abs(), std, 1)  # else its spread is rounding
+        inputs = (self.inputs(batch) - self.mean) / std
         states, _ = self.gru(inputs.clamp(-10, 10).flatten(0, 1))  # (N E, T, Z)
         mask = batch["mask"].flatten(0, 1)
         last = mask - nn.functional.pad(mask[:, 1:], (0, 1))  # 1 at an episode's last step
@@ -209,7 +215,7 @@ class Agent(nn.Module):
 
     def __init__(self, obs_size: int, action_space: gym.Space, num_modes: int, args: Args):
         super().__init__()
-        self.knows_the_mode = args.oracle_mode
+        self.oracle_mode = args.oracle_mode
         self.shape = (2, 2 if args.modulation == "film" else 1, args.hidden_size)  # γ, maybe β
         self.policy = Policy(obs_size, action_space, args)
         self.encoder = None
@@ -222,12 +228,15 @@ class Agent(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def modulation(self, tasks, batch=None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(3) τ (N, 2, 2, H) and embeddings (N, Z) of tasks (N, K), given their first episodes."""
+        """(3) τ (N, 2, 2, H) and embeddings (N, Z) of tasks (N, K), given their first episodes.
+
+        Without these τ is 0, or with --oracle-mode that of the mode.
+        """
         like = self.policy.mean.weight
         if self.encoder and batch:
             embeddings = self.encoder(batch)
-        elif self.knows_the_mode:
-            modes = torch.as_tensor(tasks[:, -1], device=like.device).long()
+        elif self.oracle_mode:
+            modes = torch.as_tensor(modes_of(tasks), device=like.device).long()
             embeddings = torch.eye(self.head.in_features, device=like.device)[modes]
         else:
             return like.new_zeros(len(tasks), 2, 2, self.shape[2]), None
@@ -239,7 +248,7 @@ class Agent(nn.Module):
 
 
 def policies(policy, params, obs) -> torch.Tensor:
-    """What N policies do, at once: params (θ, τ) (N, ...), obs (N, ..., O) -> (N, ..., D)."""
+    """dist_params (N, ..., D) of N policies at once: params (θ, τ) (N, ...), obs (N, ..., O)."""
     of_task = vmap(lambda theta, tau, obs: functional_call(policy, theta, (obs, tau)))
     return of_task(*params, obs)
 
@@ -249,7 +258,7 @@ def collect(params, tasks, key, policy, args, test=False, deterministic=False) -
     """(2), (5) E episodes in each of N tasks (N, K), in task i with params, (θ_i by name, τ_i).
 
     key: of the draws. Returns the batch of rollout with rewards of training or test, advantages,
-    and what the policies do, dist_params (N, E, T, D), and the actions' logprobs (N, E, T).
+    the policies' dist_params (N, E, T, D) and the actions' logprobs (N, E, T).
     """
     episodes = args.eval_episodes if test else args.episodes_per_task
     batch = rollout(policy.act, params, tasks, episodes, key, args, deterministic)
@@ -262,7 +271,7 @@ def collect(params, tasks, key, policy, args, test=False, deterministic=False) -
 
 
 def inner_step(theta, tau, batch, policy, args) -> tuple[dict, torch.Tensor]:
-    """(4) θ - α ∇L(θ) in one task, L = -mean of π(a|o) / π_old(a|o) A, and π's dist_params."""
+    """(4) θ - α ∇L(θ) in one task, L = -mean of π(a|o) / π_old(a|o) A; and dist_params before."""
 
     def loss(theta):  # τ is held fixed
         dist_params = functional_call(policy, theta, (batch["obs"], tau))
@@ -280,7 +289,10 @@ def inner_steps(theta, tau, batch, policy, args) -> dict:
 
 @torch.no_grad()
 def adapt(agent, tasks, keys, args, test=False) -> tuple[list, list, torch.Tensor | None]:
-    """(2)-(5) in N tasks, a phase for each key: its batches, params (θ_i, τ_i), and embeddings."""
+    """(2)-(5) in N tasks: a phase of episodes per key, between phases an inner step.
+
+    Returns the phases' batches and params (θ_i, τ_i), and the tasks' embeddings.
+    """
     theta = {name: p.expand(len(tasks), *p.shape) for name, p in agent.policy.named_parameters()}
     tau, _ = agent.modulation(tasks)
     params = []
@@ -300,14 +312,15 @@ def adapt(agent, tasks, keys, args, test=False) -> tuple[list, list, torch.Tenso
 def promp_loss(theta, tau, batches, agent, args) -> tuple[torch.Tensor, ...]:
     """(6) The meta-loss of one task, its two terms, and the share of clipped steps."""
     *inner_batches, batch = batches
+    phi = theta
     kls = []
     for k, inner_batch in enumerate(inner_batches):
-        used = tau if k > 0 or agent.knows_the_mode else torch.zeros_like(tau)  # that collected
-        theta, dist_params = inner_step(theta, used, inner_batch, agent.policy, args)
+        collected_with = tau if k > 0 or agent.oracle_mode else torch.zeros_like(tau)
+        phi, dist_params = inner_step(phi, collected_with, inner_batch, agent.policy, args)
         kl = divergence(inner_batch["dist_params"], dist_params, agent.policy.discrete)
         kls.append(masked_mean(kl, inner_batch["mask"]))
     kl = sum(kls) / len(kls)
-    dist_params = functional_call(agent.policy, theta, (batch["obs"], tau))
+    dist_params = functional_call(agent.policy, phi, (batch["obs"], tau))
     ratio = probability_ratio(dist_params, batch, agent.policy.discrete)
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     lower = torch.min(ratio * batch["advantages"], clipped * batch["advantages"])
@@ -352,34 +365,19 @@ def promp_update(agent, optimizer, batches, tasks, args) -> dict[str, float]:
     return logged | {"losses/learning_rate": optimizer.param_groups[0]["lr"].item()}
 
 
-def mode_scores(returns, embedding, tasks, num_modes) -> dict[str, np.ndarray]:
-    """The returns (K + 1, M) of each mode's tasks, NaN in others; and, given an embedding (Z, M),
-    whether the nearest other task is of a task's mode, (M,).
-    """
-    scores = {}
-    modes = tasks[:, -1]
-    if embedding is not None:
-        x = embedding.T
-        distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
-        nearest = distances.fill_diagonal_(math.inf).argmin(1).cpu().numpy()
-        scores["mode_accuracy"] = (modes[nearest] == modes).astype(float)
-    for mode in np.intersect1d(modes, range(num_modes)).astype(int):
-        scores[f"return_mode_{mode}"] = np.where(modes == mode, returns, np.nan)
-    return scores
-
-
 def evaluate(agent, tasks, num_modes, args) -> tuple[dict, dict]:
     """(7) Meta-test on tasks (M, K): scores before and after each of num_eval_steps adaptations.
 
     {"return": (num_eval_steps + 1, M), ...}, means over a task's episodes; and the first tasks'
-    episodes, all embeddings (Z, M). Draws depend on the seed alone; mean actions only score.
+    episodes, all embeddings (Z, M). Every meta-test makes the same draws; mean actions only score.
     """
     play_means = partial(collect, policy=agent.policy, args=args, test=True, deterministic=True)
     scores = [[] for _ in range(args.num_eval_steps + 1)]
     episodes = {}
     found = []
     for first in progress(range(0, len(tasks), args.meta_batch_size), args):
-        group = tasks[np.arange(first, first + args.meta_batch_size) % len(tasks)]  # wraps around
+        # the last group is filled up from the first tasks: one shape for all
+        group = tasks[np.arange(first, first + args.meta_batch_size) % len(tasks)]
         keys = [("eval", first, k) for k in range(args.num_eval_steps + 1)]
         batches, params, embeddings = adapt(agent, group, keys, args, test=True)
         found.append(embeddings)
@@ -405,7 +403,7 @@ def main(args: Args) -> dict[str, float]:
     num_modes = getattr(envs, "num_modes", 0)
     if args.oracle_mode and not num_modes:
         fail(f"--oracle-mode: {args.env_id} is no family with modes (see docs/tasks.md)")
-    if args.oracle_mode and not set(test_tasks[:, -1]) <= set(range(num_modes)):
+    if args.oracle_mode and not set(modes_of(test_tasks)) <= set(range(num_modes)):
         fail(f"{args.env_id}: the last number of a task must be its mode, 0 to {num_modes - 1}")
 
     # the policy, and what modulates it
@@ -417,7 +415,7 @@ def main(args: Args) -> dict[str, float]:
         scores, episodes = evaluate(agent, test_tasks, num_modes, args)
         return report(scores, test_tasks, args, episodes)
 
-    # a step size for θ and a table of modes, and one for the network, on which more depends
+    # one step size for θ and a table of modes, a smaller one for the encoder and its head
     parts = [(agent.policy if agent.encoder else agent, args.learning_rate)]
     if agent.encoder:
         parts.append((nn.ModuleList([agent.encoder, agent.head]), args.modulation_learning_rate))
@@ -434,7 +432,7 @@ def main(args: Args) -> dict[str, float]:
             run.lap("collect")
 
             losses = {}
-            if run.iteration == 1:  # its episodes are for the units alone
+            if run.iteration == 1:  # no update yet: its episodes only set the units
                 agent.policy.units.measure(batches[0]["obs"], batches[0]["mask"])
             else:
                 # (6) meta-update
@@ -443,8 +441,7 @@ def main(args: Args) -> dict[str, float]:
 
             # log, (7) meta-test, save
             run.global_step += num_steps(batches)
-            entropy = distribution(batches[-1]["dist_params"], agent.policy.discrete).entropy()
-            entropy = task_mean(masked_mean(entropy, batches[-1]["mask"], (1, 2)))
+            entropy = mean_entropy(batches[-1], agent.policy.discrete)
             metrics = losses | {"losses/entropy": entropy} | charts(batches)
             if run.due(args.eval_every):
                 scores, episodes = evaluate(agent, test_tasks, num_modes, args)
@@ -459,9 +456,291 @@ def main(args: Args) -> dict[str, float]:
 
 
 # ==================================================================================================
-# From here on: blocks shared with the other scripts, the same bytes in each.
+# From here on: blocks shared with other scripts, the same bytes in each. First what belongs to the
+# algorithm, then what surrounds it: rollout, tasks, graphs, run.
 # ==================================================================================================
 
+# >>> shared: actions
+
+
+class Choice(Categorical):
+    """Categorical in fewer operations, and without gather, whose gradient is slow on a GPU if it is
+    to be deterministic.
+    """
+
+    def log_prob(self, value):
+        choices = torch.arange(self.logits.shape[-1], device=value.device)
+        return torch.where(value.unsqueeze(-1) == choices, self.logits, 0).sum(-1)
+
+    def entropy(self):
+        return -(self.probs * self.logits).sum(-1)
+
+
+def distribution(dist_params: torch.Tensor, discrete=False) -> Choice | Independent:
+    """Of mean and log std (..., 2A), or of logits (..., n); log_prob and KL are sums over A."""
+    if discrete:
+        return Choice(logits=dist_params, validate_args=False)
+    mean, log_std = dist_params.chunk(2, -1)
+    return Independent(Normal(mean, log_std.exp(), validate_args=False), 1)
+
+
+def draw_actions(dist_params: torch.Tensor, noise: torch.Tensor, discrete=False) -> torch.Tensor:
+    """Actions (..., A), or (...); noise (..., A): normal, for logits Gumbel, 0 for mean or mode."""
+    if discrete:
+        return (dist_params + noise).argmax(-1)  # Gumbel noise makes it a draw from the softmax
+    mean, log_std = dist_params.chunk(2, -1)
+    return mean + log_std.exp() * noise
+
+
+def probability_ratio(dist_params: torch.Tensor, batch: dict, discrete=False) -> torch.Tensor:
+    """π(a|o) / π_old(a|o) of the actions of a batch; 1 where the mask is 0."""
+    logprobs = distribution(dist_params, discrete).log_prob(batch["actions"])
+    return torch.exp((logprobs - batch["logprobs"]) * batch["mask"])
+
+
+def tasks_at_once(obs: torch.Tensor) -> int | None:
+    """How many of the tasks of obs (N, E, T, O) vmap takes at a time: 8000 steps suit a cache."""
+    return None if obs.is_cuda else max(1, 8000 // math.prod(obs.shape[1:-1]))
+
+
+# <<< shared: actions
+# >>> shared: divergence
+
+
+def divergence(old_params, new_params, discrete=False) -> torch.Tensor:
+    """KL(old || new) of the actions, nats: dist_params (..., D) of both -> (...)."""
+    old, new = (distribution(x, discrete) for x in (old_params, new_params))
+    if discrete:  # kl_divergence looks for chances of 0: no graph can
+        return (old.probs * (old.logits - new.logits)).sum(-1)
+    return kl_divergence(old, new)
+
+
+def mean_entropy(batch, discrete=False) -> float:
+    """Of the policies that acted, nats: the mean over all ranks' tasks, of means over steps."""
+    entropy = distribution(batch["dist_params"], discrete).entropy()
+    return task_mean(masked_mean(entropy, batch["mask"], (1, 2)))
+
+
+# <<< shared: divergence
+# >>> shared: advantages
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor, dim=None, keepdim=False) -> torch.Tensor:
+    """Mean of x where mask is 1, over dim or everything."""
+    return (x * mask).sum(dim, keepdim) / mask.sum(dim, keepdim)
+
+
+def discounted_sum(x: torch.Tensor, discount: float) -> torch.Tensor:
+    """y_t = Σ_{s ≥ t} discount^(s-t) x_s along the last axis, by a triangular matrix, whose product
+    is in double precision, as TF32 would be too coarse.
+    """
+    steps = torch.arange(x.shape[-1], device=x.device)
+    ahead = steps[:, None] - steps  # (s, t)
+    weights = torch.where(ahead >= 0, discount ** ahead.clamp(min=0).double(), 0)
+    return (x.double() @ weights).to(x.dtype)
+
+
+def gae(rewards, values, mask, gamma: float, gae_lambda: float) -> torch.Tensor:
+    """Generalised advantage estimates (..., T); after an episode's last step, one that a time limit
+    ends included, the value is 0.
+    """
+    values = values * mask
+    next_values = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
+    return discounted_sum((rewards + gamma * next_values - values) * mask, gamma * gae_lambda)
+
+
+# <<< shared: advantages
+# >>> shared: baseline
+
+
+def linear_baseline(obs: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Values (N, E, T), linear in o, o², t, t², t³ and 1, fitted to the returns of each task.
+
+    Ridge regression (1e-5) on the data that it predicts, o clipped to ±10 and t in hundreds: Duan
+    et al. 2016, arXiv 1604.06778, and the code of Finn et al. In double precision, as the features
+    are nearly collinear.
+    """
+    obs = obs.clamp(-10, 10).double()
+    t = torch.arange(obs.shape[2], device=obs.device).double() / 100
+    time = torch.stack([t, t**2, t**3, torch.ones_like(t)], -1).expand(*obs.shape[:3], 4)
+    x = torch.cat([obs, obs**2, time], -1).flatten(1, 2)  # (N, E T, F)
+    xm = x * mask.double().flatten(1, 2).unsqueeze(-1)
+    ridge = 1e-5 * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    targets = returns.double().flatten(1, 2).unsqueeze(-1)
+    weights = torch.linalg.solve(xm.mT @ x + ridge, xm.mT @ targets)
+    return (x @ weights).view_as(returns).to(returns.dtype)
+
+
+def standardised_advantages(batch, args) -> torch.Tensor:
+    """(N, E, T) against each task's linear baseline, with mean 0 and std 1 over its steps."""
+    mask = batch["mask"]
+    returns = discounted_sum(batch["rewards"], args.gamma)
+    values = linear_baseline(batch["obs"], returns, mask)
+    advantages = gae(batch["rewards"], values, mask, args.gamma, args.gae_lambda)
+    centred = (advantages - masked_mean(advantages, mask, (1, 2), True)) * mask
+    return centred / (masked_mean(centred**2, mask, (1, 2), True).sqrt() + 1e-8)
+
+
+# <<< shared: baseline
+# >>> shared: adam
+
+
+def adam(parameters, lr: float, args, saved: dict | None = None, eps=1e-8) -> torch.optim.Adam:
+    """Adam in a form that a graph can hold: step sizes are tensors, to be filled.
+
+    parameters: these, or groups. saved: the state_dict of a checkpoint, of whatever device.
+    """
+    optimizer = torch.optim.Adam(parameters, lr, eps=eps, fused=True, capturable=args.cuda)
+    if saved:
+        optimizer.load_state_dict(saved)
+    for group in optimizer.param_groups:
+        lr = torch.as_tensor(group["lr"], dtype=torch.float32)
+        group |= {"lr": lr.to(device_of(args)), "capturable": args.cuda}
+    return optimizer
+
+
+# <<< shared: adam
+# >>> shared: moments
+
+
+def moments(x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """Mean and standard deviation (...) of x (*mask.shape, ...) where mask is 1, over all ranks;
+    without a mask, of the rows of x (B, ...).
+    """
+    mask = x.new_ones(len(x)) if mask is None else mask
+    dims = tuple(range(mask.ndim))
+    weight = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+    count = all_reduce(mask.sum())
+    mean = all_reduce((x * weight).sum(dims)) / count
+    variance = all_reduce(((x - mean) ** 2 * weight).sum(dims)) / count
+    return mean, variance.sqrt()
+
+
+# <<< shared: moments
+# >>> shared: units
+
+
+def spread(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """moments, but a standard deviation of 1 for what varies by no more than rounding."""
+    mean, std = moments(x, mask)
+    return mean, torch.where(std > 1e-5 * mean.abs(), std, 1)
+
+
+class Units(nn.Module):
+    """x (..., *shape) less its mean, over its standard deviation, within ±10; 0 until measured."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.full(shape, torch.inf))
+
+    def measure(self, x: torch.Tensor, mask: torch.Tensor | None = None):
+        """Those of x (*mask.shape, *shape) become the units; mask: see moments."""
+        mean, std = spread(x, mask)
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x - self.mean) / self.std).clamp(-10, 10)
+
+
+# <<< shared: units
+# >>> shared: rollout
+
+
+@torch.no_grad()
+def play_steps(act, params, lanes, noise, envs, args) -> tuple[tuple, dict]:
+    """Steps of all lanes, one for each of noise (N, E, T, A), or until none lives.
+
+    lanes: obs (B, O), alive (B,), and the tensors in which a family on the device keeps its state.
+    Returns lanes after the steps, and the steps, (B, T, ...) by name.
+    """
+    obs, alive, state = lanes
+    vars(envs).update(state)
+    can_be_captured = obs.is_cuda and envs.on_device
+    steps = []
+    for t in range(noise.shape[2]):
+        actions = act(params, obs.unflatten(0, noise.shape[:2]), noise[:, :, t]).flatten(0, 1)
+        next_obs, rewards, terminated, truncated, info = step_lanes(envs, actions)
+        step = {"obs": obs, "actions": actions, "next_obs": next_obs, "rewards": rewards, **info}
+        steps.append(step | {"terminated": terminated, "mask": alive})
+        obs = next_obs
+        alive = alive & ~(terminated | truncated)
+        if not can_be_captured and not alive.any():
+            break
+    length = noise.shape[2] if obs.is_cuda else 0  # graphs are of one shape
+    return (obs, alive, {x: vars(envs)[x] for x in state}), stack_steps(steps, length)
+
+
+@torch.no_grad()
+def rollout(act, params, tasks, episodes, key, args, deterministic=False) -> dict:
+    """E episodes in each of N tasks (N, K), all at once; key: of the draws.
+
+    act: params, obs (N, E, O), noise (N, E, A) -> actions (N, E, A), or (N, E) of Discrete ones; a
+    method or a function of a module, which a graph can know again. The noise is normal, or Gumbel
+    for Discrete actions, and 0 for the mean or mode.
+    Returns a batch, T being the longest episode; after an episode's end all of it is 0:
+
+    obs, next_obs           (N, E, T, O)  before and after the step
+    actions                 (N, E, T, A)  as chosen, unclipped; (N, E, T) if Discrete
+    rewards, dense_rewards  (N, E, T)     of the step
+    sparse_rewards, success (N, E, T)     the same, where tasks report them
+    terminated              (N, E, T)     1 where the step ended the episode, time limits excluded
+    mask                    (N, E, T)     1 up to the episode's end
+
+    On a GPU T is rounded up to whole hundreds, or the horizon: graphs are of one shape.
+    """
+    envs = make_envs(args.env_id, len(tasks) * episodes)
+    of_lanes = np.repeat(tasks, episodes, axis=0)
+    generator = keyed_generator(args, *key)
+    obs = reset_lanes(envs, of_lanes, generator)
+    require_finite({"next_obs": obs.unsqueeze(1)}, of_lanes, -1, args)
+    alive = torch.ones(len(of_lanes), dtype=torch.bool, device=obs.device)
+    lanes = obs, alive, {name: x for name, x in vars(envs).items() if torch.is_tensor(x)}
+    some_steps = graphed(play_steps, args) if envs.on_device else play_steps
+    act = act if envs.on_device else graphed(act, args)
+    blocks = []
+    for first in range(0, args.horizon, 100):
+        shape = (len(tasks), episodes, min(100, args.horizon - first))
+        noise = draw_noise(envs.single_action_space, shape, generator, deterministic)
+        lanes, rows = some_steps(act, params, lanes, noise, envs, args)
+        require_finite(rows, of_lanes, first, args)
+        blocks.append(rows)
+        if not lanes[1].any():
+            break
+
+    batch = {name: x.unflatten(0, shape[:2]) for name, x in join_blocks(blocks).items()}
+    batch["dense_rewards"] = batch["rewards"]
+    if "sparse_reward" in batch:
+        batch["sparse_rewards"] = batch.pop("sparse_reward")
+    return batch
+
+
+def episode_scores(batch, mean_actions: dict | None = None) -> dict[str, torch.Tensor]:
+    """Means over each task's episodes, (N,): undiscounted return and, where defined, success.
+
+    Given another batch, of mean actions, those are its scores, and the batch's are sampled_*.
+    """
+    if mean_actions:
+        sampled = {f"sampled_{name}": x for name, x in episode_scores(batch).items()}
+        return sampled | episode_scores(mean_actions)
+    scores = {"return": batch["rewards"].sum(-1).mean(1)}
+    if "success" in batch:
+        scores["success"] = batch["success"].amax(-1).mean(1)
+    return scores
+
+
+def charts(batches) -> dict[str, float]:
+    """charts/*, of an iteration's first batch, before adaptation, and of its last, after it."""
+    first, last = batches[0], batches[-1]
+    return {
+        "charts/pre_adaptation_return": task_mean(episode_scores(first)["return"]),
+        "charts/episodic_return": task_mean(episode_scores(last)["return"]),
+        "charts/episodic_length": task_mean(last["mask"].sum(-1)),
+    }
+
+
+# <<< shared: rollout
 # >>> shared: tasks
 
 POINT_FAMILIES = ["PointRobot-v0", "SparsePointRobot-v0", "Navigation2D-v0"]
@@ -557,25 +836,22 @@ class UserEnvs(gym.vector.VectorEnv):
         for method in ("sample_tasks", "set_task"):
             if not callable(self.of_env(method)):
                 fail(f"{env_id} is no family of tasks: it has no method {method} (docs/tasks.md)")
-        self.native_obs = self.envs[0].observation_space
-        self.native = self.envs[0].action_space
-        if not getattr(self.native_obs, "is_np_flattenable", False):
-            fail(f"{env_id} has observations that no vector holds: {self.native_obs}")
-        if self.native_obs.dtype == np.uint8 and len(self.native_obs.shape) == 3:
-            fail(f"{env_id} has images as observations, {self.native_obs}; vectors are supported")
-        if math.prod(getattr(self.native, "shape", None) or ()) == 0:
-            fail(f"{env_id} has no actions: {self.native}")
-        if not isinstance(self.native, gym.spaces.Box | gym.spaces.Discrete):
-            kind = type(self.native).__name__
-            fail(f"{env_id} has {kind} actions; Box and Discrete are supported")
+        obs = self.native_obs = self.envs[0].observation_space
+        flat = getattr(obs, "is_np_flattenable", False)
+        if not flat or (obs.dtype == np.uint8 and len(obs.shape) == 3):  # images
+            fail(f"{env_id} has observations {obs}; vectors are supported")
+        self.single_observation_space = gym.spaces.flatten_space(obs)
+        self.native = self.single_action_space = self.envs[0].action_space
         self.discrete = isinstance(self.native, gym.spaces.Discrete)
-        size = math.prod(self.native.shape)
-        self.single_observation_space = gym.spaces.flatten_space(self.native_obs)
-        self.single_action_space = (
-            self.native if self.discrete else gym.spaces.Box(-1, 1, (size,), np.float64)
-        )
+        if not self.discrete:
+            size = math.prod(self.native.shape) if isinstance(self.native, gym.spaces.Box) else 0
+            if size == 0:
+                fail(f"{env_id} has actions {self.native}; Box and Discrete are supported")
+            self.single_action_space = gym.spaces.Box(-1, 1, (size,), np.float64)
         self.horizon = self.envs[0].spec.max_episode_steps or 0
         self.num_modes = self.of_env("num_modes") or 0
+        if self.of_env("sample_test_tasks"):
+            self.sample_test_tasks = partial(self.sample_tasks, method="sample_test_tasks")
 
     def of_env(self, name: str, lane: int = 0):
         """An attribute of a lane's environment or of its wrappers; None if there is none."""
@@ -585,29 +861,20 @@ class UserEnvs(gym.vector.VectorEnv):
     def sample_tasks(self, n: int, rng, method: str = "sample_tasks") -> np.ndarray:
         self.envs[0].unwrapped.np_random = rng
         tasks = self.of_env(method)(n)
-        try:
+        with suppress(ValueError):  # rows of several lengths
             array = np.asarray(tasks)
-        except ValueError:  # rows of several lengths
-            array = np.asarray(None)
-        if array.shape[:1] != (n,) or array.dtype.kind not in "biuf" or not array.size:
-            came = f"{array.dtype} {array.shape}" if array.ndim else type(tasks).__name__
-            fail(f"{self.env_id}: {method}({n}) must return {n} rows of numbers, not {came}")
-        if not np.isfinite(array).all():
-            fail(f"{self.env_id}: {method}({n}) returned tasks that are not finite")
-        return array
-
-    def sample_test_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        own = self.of_env("sample_test_tasks")
-        return self.sample_tasks(n, rng, "sample_test_tasks" if own else "sample_tasks")
+            numbers = array.dtype.kind in "biuf" and np.isfinite(array).all()
+            if numbers and array.size and array.shape[:1] == (n,):
+                return array
+        fail(f"{self.env_id}: {method}({n}) must return {n} rows of numbers, all of them finite")
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         seeds = np.random.default_rng(seed).integers(2**31, size=self.num_envs)
         self.obs = np.zeros((self.num_envs, *self.single_observation_space.shape))
         self.terminated = np.zeros(self.num_envs, bool)
         self.truncated = np.zeros(self.num_envs, bool)
-        for i, task in enumerate(options["task"]):
-            self.of_env("set_task", i)(task)
         for i, env in enumerate(self.envs):
+            self.of_env("set_task", i)(options["task"][i])
             told = env.reset(seed=int(seeds[i]))
             if not isinstance(told, tuple) or len(told) != 2:
                 fail(f"{self.env_id}: reset must return obs and info, not {told!r:.80}")
@@ -660,15 +927,11 @@ class UserEnvs(gym.vector.VectorEnv):
 
     def _flat(self, method: str, obs) -> np.ndarray:
         """An observation as a vector; ends the program if it is none of its space."""
-        try:
+        with suppress(AttributeError, IndexError, KeyError, TypeError, ValueError):
             flat = gym.spaces.flatten(self.native_obs, obs)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            flat = np.empty(0)
-        if np.shape(flat) != self.single_observation_space.shape or flat.dtype.kind not in "biuf":
-            fail(
-                f"{self.env_id}: {method} returned {obs!r:.80}, no observation in {self.native_obs}"
-            )
-        return flat
+            if flat.shape == self.single_observation_space.shape:
+                return flat
+        fail(f"{self.env_id}: {method} returned {obs!r:.80}, no observation in {self.native_obs}")
 
     def _number(self, name: str, value) -> float:
         number = np.asarray(value)
@@ -737,8 +1000,7 @@ def make_tasks(args) -> tuple[gym.vector.VectorEnv, np.ndarray, np.ndarray]:
         nothing = torch.as_tensor(np.zeros((1, *space.shape), space.dtype))
         info = step_lanes(envs, nothing.to(generator.device))[4]
         if sparse and "sparse_reward" not in info:
-            dense = "give --train-reward dense --test-reward dense"
-            fail(f"{args.env_id} reports no sparse reward: {dense}")
+            fail(f"{args.env_id} reports no sparse reward: try --train-reward, --test-reward dense")
     return envs, train, test
 
 
@@ -750,6 +1012,8 @@ def require_memory(envs, args):
     needed["--hidden-size"] = 16 * args.hidden_size**2
     needed["--num-test-tasks"] = 8 * args.num_test_tasks
     needed["--num-train-tasks"] = 8 * args.num_train_tasks
+    if not hasattr(os, "sysconf"):  # on Windows
+        return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for flags, size in needed.items():
         if size > memory:
@@ -789,9 +1053,7 @@ def step_lanes(envs, actions: torch.Tensor) -> tuple:
     if envs.on_device:
         *told, info = envs.step(actions)
         return *told, {x: info[x] for x in names if x in info}
-    chosen = actions.cpu().numpy()
-    if not np.isfinite(chosen).all():
-        chosen = np.nan_to_num(chosen, posinf=0, neginf=0)
+    chosen = np.nan_to_num(actions.cpu().numpy(), posinf=0, neginf=0)
     obs, rewards, terminated, truncated, info = envs.step(chosen)
     names = [name for name in names if name in info]
     columns = [obs, rewards, terminated, truncated, *(info[name] for name in names)]
@@ -828,6 +1090,15 @@ def stack_steps(steps: list[dict], length: int = 0) -> dict:
     return rows
 
 
+def join_blocks(blocks: list[dict]) -> dict:
+    """Blocks of steps, (B, T, ...) by name, one after the other; 0 where a block lacks a name."""
+    joined = {}
+    for name in {name: x for rows in blocks for name, x in rows.items()}:
+        parts = [rows.get(name, torch.zeros_like(rows["rewards"])) for rows in blocks]
+        joined[name] = torch.cat(parts, 1)
+    return joined
+
+
 def require_finite(rows: dict, tasks: np.ndarray, first: int, args):
     """End the program if in steps (B, T, ...), from step first on, something is not finite.
 
@@ -836,117 +1107,16 @@ def require_finite(rows: dict, tasks: np.ndarray, first: int, args):
     if math.isfinite(sum(x.sum() for x in rows.values())):
         return
     names = {"next_obs": "observation", "rewards": "reward", "sparse_reward": "sparse reward"}
-    for t in range(next(iter(rows.values())).shape[1]):
-        for name, column in rows.items():
-            bad = ~column[:, t].isfinite().reshape(len(tasks), -1).all(1)
-            if bad.any() and name in ("actions", "values"):
-                fail(f"the policy has diverged, its {name} are not finite: try smaller step sizes")
-            if bad.any():
-                lane = int(bad.int().argmax())
-                where = f"in lane {lane}, step {first + t}, task {tasks[lane]}"
-                fail(f"{args.env_id}: {names.get(name, name)} is not finite {where}")
+    bad = [~x.isfinite().reshape(*x.shape[:2], -1).all(2) for x in rows.values()]
+    for t, column, lane in torch.stack(bad).permute(2, 0, 1).nonzero().tolist():  # the first step's
+        name = [*rows][column]
+        if name in ("actions", "values"):
+            fail(f"the policy has diverged, its {name} are not finite: try smaller step sizes")
+        where = f"in lane {lane}, step {first + t}, task {tasks[lane]}"
+        fail(f"{args.env_id}: {names.get(name, name)} is not finite {where}")
 
 
 # <<< shared: tasks
-# >>> shared: rollout
-
-
-@torch.no_grad()
-def play_steps(act, params, lanes, noise, envs, args) -> tuple[tuple, dict]:
-    """Steps of all lanes, one for each of noise (N, E, T, A), or until none lives.
-
-    lanes: obs (B, O), alive (B,), and the tensors in which a family on the device keeps its state.
-    Returns lanes after the steps, and the steps, (B, T, ...) by name.
-    """
-    obs, alive, state = lanes
-    vars(envs).update(state)
-    can_be_captured = obs.is_cuda and envs.on_device
-    steps = []
-    for t in range(noise.shape[2]):
-        actions = act(params, obs.unflatten(0, noise.shape[:2]), noise[:, :, t]).flatten(0, 1)
-        next_obs, rewards, terminated, truncated, info = step_lanes(envs, actions)
-        step = {"obs": obs, "actions": actions, "next_obs": next_obs, "rewards": rewards, **info}
-        steps.append(step | {"terminated": terminated, "mask": alive})
-        obs = next_obs
-        alive = alive & ~(terminated | truncated)
-        if not can_be_captured and not alive.any():
-            break
-    length = noise.shape[2] if obs.is_cuda else 0  # graphs are of one shape
-    return (obs, alive, {x: vars(envs)[x] for x in state}), stack_steps(steps, length)
-
-
-@torch.no_grad()
-def rollout(act, params, tasks, episodes, key, args, deterministic=False) -> dict:
-    """E episodes in each of N tasks (N, K), all at once; key: of the draws.
-
-    act: params, obs (N, E, O), noise (N, E, A) -> actions (N, E, A), or (N, E) of Discrete ones; a
-    method or a function of a module, which a graph can know again. The noise is normal, or Gumbel
-    for Discrete actions, and 0 for the mean or mode.
-    Returns a batch, T being the longest episode; after an episode's end all of it is 0:
-
-    obs, next_obs           (N, E, T, O)  before and after the step
-    actions                 (N, E, T, A)  as chosen, unclipped; (N, E, T) if Discrete
-    rewards, dense_rewards  (N, E, T)     of the step
-    sparse_rewards, success (N, E, T)     the same, where tasks report them
-    terminated              (N, E, T)     1 where the step ended the episode, time limits excluded
-    mask                    (N, E, T)     1 up to the episode's end
-
-    On a GPU T is rounded up to whole hundreds, or the horizon: graphs are of one shape.
-    """
-    envs = make_envs(args.env_id, len(tasks) * episodes)
-    of_lanes = np.repeat(tasks, episodes, axis=0)
-    generator = keyed_generator(args, *key)
-    obs = reset_lanes(envs, of_lanes, generator)
-    require_finite({"next_obs": obs.unsqueeze(1)}, of_lanes, -1, args)
-    alive = torch.ones(len(of_lanes), dtype=torch.bool, device=obs.device)
-    lanes = obs, alive, {name: x for name, x in vars(envs).items() if torch.is_tensor(x)}
-    some_steps = graphed(play_steps, args) if envs.on_device else play_steps
-    act = act if envs.on_device else graphed(act, args)
-    blocks = []
-    for first in range(0, args.horizon, 100):
-        shape = (len(tasks), episodes, min(100, args.horizon - first))
-        noise = draw_noise(envs.single_action_space, shape, generator, deterministic)
-        lanes, rows = some_steps(act, params, lanes, noise, envs, args)
-        require_finite(rows, of_lanes, first, args)
-        blocks.append(rows)
-        if not lanes[1].any():
-            break
-
-    batch = {}
-    for name in {name: x for rows in blocks for name, x in rows.items()}:
-        parts = [rows.get(name, torch.zeros_like(rows["rewards"])) for rows in blocks]
-        batch[name] = torch.cat(parts, 1).unflatten(0, shape[:2])
-    batch["dense_rewards"] = batch["rewards"]
-    if "sparse_reward" in batch:
-        batch["sparse_rewards"] = batch.pop("sparse_reward")
-    return batch
-
-
-def episode_scores(batch, mean_actions: dict | None = None) -> dict[str, torch.Tensor]:
-    """Means over each task's episodes, (N,): undiscounted return and, where defined, success.
-
-    Given another batch, of mean actions, those are its scores, and the batch's are sampled_*.
-    """
-    if mean_actions:
-        sampled = {f"sampled_{name}": x for name, x in episode_scores(batch).items()}
-        return sampled | episode_scores(mean_actions)
-    scores = {"return": batch["rewards"].sum(-1).mean(1)}
-    if "success" in batch:
-        scores["success"] = batch["success"].amax(-1).mean(1)
-    return scores
-
-
-def charts(batches) -> dict[str, float]:
-    """charts/*, of an iteration's first batch, before adaptation, and of its last, after it."""
-    first, last = batches[0], batches[-1]
-    return {
-        "charts/pre_adaptation_return": task_mean(episode_scores(first)["return"]),
-        "charts/episodic_return": task_mean(episode_scores(last)["return"]),
-        "charts/episodic_length": task_mean(last["mask"].sum(-1)),
-    }
-
-
-# <<< shared: rollout
 # >>> shared: graphs
 
 GRAPHS = {}  # of this run, by what they hold and the tensors' shapes
@@ -1014,7 +1184,7 @@ def capture(function, inputs) -> tuple:
 # <<< shared: graphs
 # >>> shared: run
 
-FORMAT = 5  # of checkpoints; commit 663dc29 reads 4, 3629d7c 3, e70b381 2, 2d14005 unnumbered
+FORMAT = 6  # of checkpoints; commit c7abba7 reads 5, 663dc29 4, 3629d7c 3, e70b381 2
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "cudagraphs", "tf32", "num_threads"}
 MAY_CHANGE |= {"eval_every", "checkpoint_every", "track"}
 
@@ -1116,6 +1286,8 @@ def parse(args_class, argv: list[str] | None = None):
             where = f"{saved.env_id} is not beside the script, nor installed; if it is"
             fail(f"{where} in the working folder, give --env-id {saved.env_id} too")
         show(f"tasks of {folder} come from {found.origin}")
+    if "--env-id" in given and args.env_id != saved.env_id:
+        saved = replace(saved, horizon=0)  # that of the other family
     args = tyro.cli(args_class, args=argv, default=saved)
     args.from_parse = True
     return args
@@ -1130,6 +1302,8 @@ def saved_args(args, checkpoint: dict):
     saved = type(args)(**checkpoint["args"])
     if not getattr(args, "from_parse", False):
         given = {name: x for name, x in asdict(args).items() if x != getattr(type(args), name)}
+        if given.get("env_id", saved.env_id) != saved.env_id:
+            given = {"horizon": 0} | given  # that of the other family
         args = replace(saved, **given | {"cuda": args.cuda})  # which is about this machine
     for name in asdict(saved).keys() - MAY_CHANGE if args.resume else ():
         if getattr(args, name) != getattr(saved, name):
@@ -1200,32 +1374,24 @@ def cores() -> int:
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def restoring(main):
-    """main, which leaves torch's settings as they were, and in which sys.exit(0) is an error."""
-
-    @wraps(main)
-    def call(args):
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        threads = torch.get_num_threads()
-        holders = [(torch.utils.deterministic, "fill_uninitialized_memory")]
-        holders += [
-            (torch.backends.cuda.matmul, "allow_tf32"),
-            (torch.backends.cudnn, "allow_tf32"),
-        ]
-        before = {holder: getattr(*holder) for holder in holders}
-        try:
-            return main(args)
-        except SystemExit as error:
-            if error.code:
-                raise
-            fail("the environment has called sys.exit()")
-        finally:
-            torch.use_deterministic_algorithms(deterministic)
-            torch.set_num_threads(threads)
-            for holder, value in before.items():
-                setattr(*holder, value)
-
-    return call
+@contextmanager
+def guarded():
+    """Leaves torch's settings as they were; in it sys.exit(0) is an error."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    threads = torch.get_num_threads()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    except SystemExit as error:
+        if error.code:
+            raise
+        fail("the environment has called sys.exit()")
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        torch.set_num_threads(threads)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
 
 
 def join_ranks(args):
@@ -1265,11 +1431,8 @@ def load_checkpoint(folder: str, args_class, name: str = "checkpoint.pt") -> dic
     torch does not compare; an entry that was added, lost or reshaped shows in its layout.
     """
     path = Path(folder) / name
-    found = os.path.isfile(path)  # no, where the folder may not be searched
-    if not found and any(Path(folder).glob("events.out.tfevents.*")):
-        fail(f"{folder} was stopped before its first checkpoint: start again, without --resume")
-    if not found:
-        fail(f"{folder} is no run: there is no {path}")
+    if not os.path.isfile(path):  # or the folder may not be searched
+        fail(f"{folder} is no run, or was stopped before its first checkpoint: there is no {path}")
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
@@ -1292,10 +1455,9 @@ def restore(own: dict, saved: dict | None) -> dict:
     """What was saved in place of own tensors by name, if anything was; their shapes must agree."""
     if saved is None:
         return own
-    shapes = [{name: tuple(x.shape) for name, x in state.items()} for state in (own, saved)]
-    if shapes[0] != shapes[1]:
-        odd = sorted(name for name, _ in set(shapes[0].items()) ^ set(shapes[1].items()))
-        fail(f"the checkpoint is of other networks than these flags make: {odd[0]} differs")
+    shapes = [{(name, tuple(x.shape)) for name, x in state.items()} for state in (own, saved)]
+    for name, _ in sorted(shapes[0] ^ shapes[1]):
+        fail(f"the checkpoint is of other networks than these flags make: {name} differs")
     return {name: saved[name].to(x) for name, x in own.items()}
 
 
@@ -1315,7 +1477,7 @@ class Run:
         self.tracker = None
         self.start = self.printed = time.perf_counter()
         self.handlers = {}
-        if threading.current_thread() is threading.main_thread():
+        with suppress(ValueError):  # off the main thread there are none
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self._on_signal)
         now = all_reduce(torch.tensor(time.time_ns() // 10**6 * (self.rank == 0)))  # rank 0's
@@ -1548,187 +1710,34 @@ def report(scores: dict, tasks: np.ndarray, args, episodes: dict | None = None) 
 
 
 # <<< shared: run
-# >>> shared: adam
+
+# ==================================================================================================
+# Scores by mode, which only this script has.
+# ==================================================================================================
 
 
-def adam(parameters, lr: float, args, saved: dict | None = None, eps=1e-8) -> torch.optim.Adam:
-    """Adam in a form that a graph can hold: step sizes are tensors, to be filled.
+def modes_of(tasks):
+    """The last number of each of the tasks (M, K) or (M,): its mode, where there are modes."""
+    return tasks.reshape(len(tasks), -1)[:, -1]
 
-    parameters: these, or groups. saved: the state_dict of a checkpoint, of whatever device.
+
+def mode_scores(returns, embedding, tasks, num_modes) -> dict[str, np.ndarray]:
+    """The returns (K + 1, M) of each mode's tasks, NaN in others; and, given an embedding (Z, M),
+    whether the nearest other task is of a task's mode, (M,).
     """
-    optimizer = torch.optim.Adam(parameters, lr, eps=eps, fused=True, capturable=args.cuda)
-    if saved:
-        optimizer.load_state_dict(saved)
-    for group in optimizer.param_groups:
-        lr = torch.as_tensor(group["lr"], dtype=torch.float32)
-        group |= {"lr": lr.to(device_of(args)), "capturable": args.cuda}
-    return optimizer
+    scores = {}
+    modes = modes_of(tasks)
+    if embedding is not None:
+        x = embedding.T
+        distances = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+        nearest = distances.fill_diagonal_(math.inf).argmin(1).cpu().numpy()
+        scores["mode_accuracy"] = (modes[nearest] == modes).astype(float)
+    for mode in np.intersect1d(modes, range(num_modes)).astype(int):
+        scores[f"return_mode_{mode}"] = np.where(modes == mode, returns, np.nan)
+    return scores
 
 
-# <<< shared: adam
-# >>> shared: actions
-
-
-class Choice(Categorical):
-    """Categorical in fewer operations, and without gather, whose gradient is slow on a GPU if it is
-    to be deterministic.
-    """
-
-    def log_prob(self, value):
-        choices = torch.arange(self.logits.shape[-1], device=value.device)
-        return torch.where(value.unsqueeze(-1) == choices, self.logits, 0).sum(-1)
-
-    def entropy(self):
-        return -(self.probs * self.logits).sum(-1)
-
-
-def distribution(dist_params: torch.Tensor, discrete=False) -> Choice | Independent:
-    """Of mean and log std (..., 2A), or of logits (..., n); log_prob and KL are sums over A."""
-    if discrete:
-        return Choice(logits=dist_params, validate_args=False)
-    mean, log_std = dist_params.chunk(2, -1)
-    return Independent(Normal(mean, log_std.exp(), validate_args=False), 1)
-
-
-def draw_actions(dist_params: torch.Tensor, noise: torch.Tensor, discrete=False) -> torch.Tensor:
-    """Actions (..., A), or (...); noise (..., A): normal, for logits Gumbel, 0 for mean or mode."""
-    if discrete:
-        return (dist_params + noise).argmax(-1)  # Gumbel noise makes it a draw from the softmax
-    mean, log_std = dist_params.chunk(2, -1)
-    return mean + log_std.exp() * noise
-
-
-def probability_ratio(dist_params: torch.Tensor, batch: dict, discrete=False) -> torch.Tensor:
-    """π(a|o) / π_old(a|o) of the actions of a batch; 1 where the mask is 0."""
-    logprobs = distribution(dist_params, discrete).log_prob(batch["actions"])
-    return torch.exp((logprobs - batch["logprobs"]) * batch["mask"])
-
-
-def tasks_at_once(obs: torch.Tensor) -> int | None:
-    """How many of the tasks of obs (N, E, T, O) vmap takes at a time: 8000 steps suit a cache."""
-    return None if obs.is_cuda else max(1, 8000 // math.prod(obs.shape[1:-1]))
-
-
-# <<< shared: actions
-# >>> shared: divergence
-
-
-def divergence(old_params, new_params, discrete=False) -> torch.Tensor:
-    """KL(old || new) of the actions, nats: dist_params (..., D) of both -> (...)."""
-    old, new = (distribution(x, discrete) for x in (old_params, new_params))
-    if discrete:  # kl_divergence looks for chances of 0: no graph can
-        return (old.probs * (old.logits - new.logits)).sum(-1)
-    return kl_divergence(old, new)
-
-
-# <<< shared: divergence
-# >>> shared: advantages
-
-
-def masked_mean(x: torch.Tensor, mask: torch.Tensor, dim=None, keepdim=False) -> torch.Tensor:
-    """Mean of x where mask is 1, over dim or everything."""
-    return (x * mask).sum(dim, keepdim) / mask.sum(dim, keepdim)
-
-
-def discounted_sum(x: torch.Tensor, discount: float) -> torch.Tensor:
-    """y_t = Σ_{s ≥ t} discount^(s-t) x_s along the last axis, by a triangular matrix, whose product
-    is in double precision, as TF32 would be too coarse.
-    """
-    steps = torch.arange(x.shape[-1], device=x.device)
-    ahead = steps[:, None] - steps  # (s, t)
-    weights = torch.where(ahead >= 0, discount ** ahead.clamp(min=0).double(), 0)
-    return (x.double() @ weights).to(x.dtype)
-
-
-def gae(rewards, values, mask, gamma: float, gae_lambda: float) -> torch.Tensor:
-    """Generalised advantage estimates (..., T); after an episode's last step, one that a time limit
-    ends included, the value is 0.
-    """
-    values = values * mask
-    next_values = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
-    return discounted_sum((rewards + gamma * next_values - values) * mask, gamma * gae_lambda)
-
-
-# <<< shared: advantages
-# >>> shared: moments
-
-
-def moments(x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    """Mean and standard deviation (...) of x (*mask.shape, ...) where mask is 1, over all ranks;
-    without a mask, of the rows of x (B, ...).
-    """
-    mask = x.new_ones(len(x)) if mask is None else mask
-    dims = tuple(range(mask.ndim))
-    weight = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
-    count = all_reduce(mask.sum())
-    mean = all_reduce((x * weight).sum(dims)) / count
-    variance = all_reduce(((x - mean) ** 2 * weight).sum(dims)) / count
-    return mean, variance.sqrt()
-
-
-# <<< shared: moments
-# >>> shared: units
-
-
-def spread(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """moments, but a standard deviation of 1 for what varies by no more than rounding."""
-    mean, std = moments(x, mask)
-    return mean, torch.where(std > 1e-5 * mean.abs(), std, 1)
-
-
-class Units(nn.Module):
-    """x (..., *shape) less its mean, over its standard deviation, within ±10; 0 until measured."""
-
-    def __init__(self, *shape: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("std", torch.full(shape, torch.inf))
-
-    def measure(self, x: torch.Tensor, mask: torch.Tensor | None = None):
-        """Those of x (*mask.shape, *shape) become the units; mask: see moments."""
-        mean, std = spread(x, mask)
-        self.mean.copy_(mean)
-        self.std.copy_(std)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ((x - self.mean) / self.std).clamp(-10, 10)
-
-
-# <<< shared: units
-# >>> shared: baseline
-
-
-def linear_baseline(obs: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Values (N, E, T), linear in o, o², t, t², t³ and 1, fitted to the returns of each task.
-
-    Ridge regression (1e-5) on the data that it predicts, o clipped to ±10 and t in hundreds: Duan
-    et al. 2016, arXiv 1604.06778, and the code of Finn et al. In double precision, as the features
-    are nearly collinear.
-    """
-    obs = obs.clamp(-10, 10).double()
-    t = torch.arange(obs.shape[2], device=obs.device).double() / 100
-    time = torch.stack([t, t**2, t**3, torch.ones_like(t)], -1).expand(*obs.shape[:3], 4)
-    x = torch.cat([obs, obs**2, time], -1).flatten(1, 2)  # (N, E T, F)
-    xm = x * mask.double().flatten(1, 2).unsqueeze(-1)
-    ridge = 1e-5 * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    targets = returns.double().flatten(1, 2).unsqueeze(-1)
-    weights = torch.linalg.solve(xm.mT @ x + ridge, xm.mT @ targets)
-    return (x @ weights).view_as(returns).to(returns.dtype)
-
-
-def standardised_advantages(batch, args) -> torch.Tensor:
-    """(N, E, T) against each task's linear baseline, with mean 0 and std 1 over its steps."""
-    mask = batch["mask"]
-    returns = discounted_sum(batch["rewards"], args.gamma)
-    values = linear_baseline(batch["obs"], returns, mask)
-    advantages = gae(batch["rewards"], values, mask, args.gamma, args.gae_lambda)
-    centred = (advantages - masked_mean(advantages, mask, (1, 2), True)) * mask
-    return centred / (masked_mean(centred**2, mask, (1, 2), True).sqrt() + 1e-8)
-
-
-# <<< shared: baseline
-
-main = restoring(main)
+main = guarded()(main)
 
 if __name__ == "__main__":
     main(parse(Args))

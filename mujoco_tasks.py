@@ -23,6 +23,7 @@ MUJOCO_FAMILIES = {  # model, frame skip, leading qpos not observed, noise of th
     "HalfCheetahDir-v0": ("half_cheetah", 5, 1, 0.1, 0.05),
     "HalfCheetahVel-v0": ("half_cheetah", 5, 1, 0.1, 0.05),
     "AntDir-v0": ("ant", 5, 2, 0.1, 0.5),
+    "AntFwdBack-v0": ("ant", 5, 2, 0.1, 0.005),
     "AntGoal-v0": ("ant", 5, 0, 0.1, 0.1),
     "SparseAntGoal-v0": ("ant", 5, 0, 0.1, 0.1),
     "SparseWheeledGoal-v0": ("wheeled", 1, 0, 0.01, 0.05),
@@ -117,6 +118,8 @@ class MujocoEnvs(gym.vector.VectorEnv):
             return np.resize([1.0, -1.0], (n, 1))  # dealt in turn
         if self.env_id == "HalfCheetahVel-v0":
             return rng.uniform(0, 3, (n, 1))
+        if self.env_id == "AntFwdBack-v0":
+            return np.resize([0.0, np.pi], (n, 1))  # dealt in turn
         if self.env_id.endswith("Dir-v0"):
             return rng.uniform(0, 2 * np.pi, (n, 1))
         if self.varies:
@@ -184,7 +187,7 @@ class MujocoEnvs(gym.vector.VectorEnv):
         velocity: (B, 2), of the root.
         """
         x_velocity, y_velocity = velocity.T
-        qpos = self.state[:, 1:]
+        qpos = self.state[:, 1:]  # and qvel behind it
         task = self.tasks.T
         healthy = np.ones(self.num_envs, bool)
         if self.env_id == "HalfCheetahDir-v0":
@@ -209,7 +212,8 @@ class MujocoEnvs(gym.vector.VectorEnv):
         speed = x_velocity * np.cos(task[0]) + y_velocity * np.sin(task[0])
         height = qpos[:, 2]
         if self.name == "ant":
-            return speed + 1, (0.2 <= height) & (height <= 1), {}
+            bonus = 0.05 if self.env_id == "AntFwdBack-v0" else 1
+            return speed + bonus, (0.2 <= height) & (height <= 1), {}
         return 1.25 * speed + 5, (1 <= height) & (height <= 2), {}  # humanoid
 
     def _obs(self) -> np.ndarray:

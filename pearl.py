@@ -11,8 +11,9 @@ q(z|c) about which task it is, and a soft actor-critic (SAC) that is given a z d
 Adapting is inferring z. Every training task has a replay of its own; first each gets its initial
 steps, with z from the prior N(0, I). Then, in every iteration:
 
-(1) Pick tasks, forget their contexts, collect episodes in all: z from the prior; in the posterior
-    and extra phases, after their first episode, from the belief. Extra ones never are context.
+(1) Pick tasks, empty their contexts, collect episodes in all: z from the prior; in the posterior
+    and extra phases, after their first episodes, from the belief. What prior and posterior phases
+    bring is the context; with --context-window it becomes in the end the latest steps of all.
 (2) Gradient steps: draw N tasks, and in each a context c and a batch from its replay.
 (3) Belief: q(z|c) is the product of one Gaussian per transition, normalised. Draw one z per task.
 (4) Critics: twin Q(s, a, z) towards k r + γ (min Q'(s', a', z) - α log π(a'|s', z)); k is the scale
@@ -25,8 +26,9 @@ Train:     python pearl.py
 Resume:    python pearl.py --resume runs/NAME
 Evaluate:  python pearl.py --evaluate runs/NAME
 
-Differs from the paper in: twin target critics (there a value network and its target), contexts
-without repetition, and smaller numbers (its own: benchmarks/pearl.txt). The list: docs/pearl.md.
+Differs from the paper in: twin target critics (there a value network and its target), a measured
+scale of rewards, contexts without repetition, on points of runs of steps over several iterations, a
+warm-up on SparsePointRobot-v0, smaller numbers (its own: benchmarks/pearl.txt); docs/pearl.md.
 """
 
 from __future__ import annotations
@@ -40,13 +42,12 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial, wraps
+from functools import cache, partial
 from pathlib import Path
 from typing import ClassVar, Literal, NoReturn, get_args, get_type_hints
 
@@ -140,7 +141,7 @@ class Agent(nn.Module):
     """The encoder, and a soft actor-critic that is given z; initialised as in the authors' code.
 
     A belief is a pair, mean (N, Z) and variance (N, Z). columns: of the replay's rows, with their
-    widths; the encoder reads the first context_width numbers.
+    widths; the encoder reads the first context_width numbers, which may take in next_obs.
     """
 
     def __init__(self, obs_size: int, action_size: int, args: Args):
@@ -166,7 +167,7 @@ class Agent(nn.Module):
         return belief(self.encoder(rows[..., : self.context_width] / self.context_units), mask)
 
     def act(self, z, obs, noise) -> torch.Tensor:
-        """Of rollout: z (N, E, Z), obs (N, E, O), normal noise (N, E, A) -> actions (N, E, A)."""
+        """rollout's callback: actions (N, E, A), given z (N, E, Z), on obs (N, E, O)."""
         return self.sac.act(obs, z, noise)[0]
 
 
@@ -194,7 +195,7 @@ def kl_to_prior(mean, variance) -> torch.Tensor:
 class Experience:
     """A replay of each of this rank's training tasks (M, K), and which part of it is its context.
 
-    window (M, 2): first row and number of rows of the context; the first `longest` of them count.
+    window (M, 2): number of the context's first row, and how many rows it has, at most `longest`.
     """
 
     def __init__(self, tasks: np.ndarray, agent: Agent, args: Args):
@@ -208,18 +209,19 @@ class Experience:
         self.longest = max(at_first, prior + posterior, args.context_window)
 
     def draw_context(self, ids, generator, args) -> tuple[torch.Tensor, torch.Tensor]:
-        """Different segments of each context, runs of rows, (N, C, W); and their mask (N, C)."""
+        """Contexts (N, C, W) of the tasks ids (N,), of different runs of rows; and mask (N, C)."""
         device = self.window.device
-        first, length = self.window[ids].unbind(1)
+        first, length = (x.unsqueeze(1) for x in self.window[ids].unbind(1))
         starts = torch.arange(0, self.longest, args.context_segment, device=device)
+        # a random choice: runs with the largest keys; those beyond the context come last
         keys = torch.rand(len(ids), len(starts), generator=generator, device=device)
-        keys = keys.masked_fill(starts >= length.unsqueeze(1), -1)
+        keys = keys.masked_fill(starts >= length, -1)
         count = min(args.context_size // args.context_segment, len(starts))
-        chosen = starts[keys.topk(count).indices]  # the largest of random keys: a random draw
+        chosen = starts[keys.topk(count).indices]
         within = torch.arange(args.context_segment, device=device)
         offset = (chosen.unsqueeze(2) + within).flatten(1)
-        mask = (offset < length.unsqueeze(1)).to(self.replay.rows.dtype)
-        return self.replay.gather(ids, first.unsqueeze(1) + offset), mask
+        mask = (offset < length).to(self.replay.rows.dtype)
+        return self.replay.gather(ids, first + offset), mask
 
     def draw_batch(self, generator, args) -> tuple:
         """(2) Of this rank's share of N tasks: transitions (N, B, ...) by name, contexts (N, C, W),
@@ -254,37 +256,37 @@ def collect(q, tasks, key, agent, args, test=False, deterministic=False) -> dict
 
 
 @torch.no_grad()
-def explore(phases, ids, experience, reach, key, agent, args) -> list[dict]:
-    """(1) Collect in the tasks ids (N,), whose contexts start anew; returns the rounds of episodes.
+def explore(phases, ids, experience, context_window, key, agent, args) -> list[dict]:
+    """(1) Collect in the tasks ids (N,), whose contexts start anew; returns the batches.
 
-    phases: by name; args has their steps, means over the tasks of all ranks. reach: if not 0, the
-    contexts are in the end the latest so many steps of all phases. key: of the draws.
+    phases: by name; args has their steps, means over the tasks of all ranks. context_window: if not
+    0, the contexts are in the end the latest so many steps of all phases. key: of the draws.
     """
     replay, window = experience.replay, experience.window
     tasks = experience.tasks[ids.cpu().numpy()]
-    window[ids] = torch.stack([replay.count[ids], torch.zeros_like(ids)], 1)
-    rounds = []
+    window[ids] = torch.stack([replay.count[ids], torch.zeros_like(ids)], 1)  # empty, from here
+    batches = []
     for phase in phases:
         steps = getattr(args, f"{phase}_steps") * len(ids) * ranks()[1]
         done = 0
         while done < steps:
-            round_key = (*key, len(rounds))
+            batch_key = (*key, len(batches))
             q = agent.prior(len(ids))
-            if phase in ("posterior", "extra") and done:  # a phase starts with the prior (original)
-                generator = keyed_generator(args, "contexts", *round_key[1:])
+            if phase in ("posterior", "extra") and done:  # their first are the prior's (original)
+                generator = keyed_generator(args, "contexts", *batch_key[1:])
                 q = agent.infer(*experience.draw_context(ids, generator, args))
-            batch = collect(q, tasks, round_key, agent, args)
+            batch = collect(q, tasks, batch_key, agent, args)
             rows, mask = to_rows(batch, experience.columns)
             replay.add(ids, rows, mask)
             if phase != "extra":
                 length = window[ids, 1] + mask.sum(1).long()
                 window[ids, 1] = length.clamp(max=experience.longest)
             done += num_steps([batch])
-            rounds.append(batch)
-    if reach:
-        length = replay.count[ids].clamp(max=min(reach, replay.capacity))
+            batches.append(batch)
+    if context_window:
+        length = replay.count[ids].clamp(max=min(context_window, replay.capacity))
         window[ids] = torch.stack([replay.count[ids] - length, length], 1)
-    return rounds
+    return batches
 
 
 LOSSES = ["qf_loss", "qf_values", "kl", "posterior_std", "actor_loss", "entropy"]
@@ -293,24 +295,25 @@ LOSSES = ["qf_loss", "qf_values", "kl", "posterior_std", "actor_loss", "entropy"
 def gradient_step(agent, optimizers, experience, generator, args) -> torch.Tensor:
     """(2)-(6) One step of all networks, on what it draws; returns the values of LOSSES."""
     batch, context, mask, noise = experience.draw_batch(generator, args)
+    z_noise, next_noise, action_noise = noise
 
     # (3) one z per task
     mean, variance = agent.infer(context, mask)
-    z = (mean + variance.sqrt() * noise[0]).unsqueeze(1).expand(-1, args.batch_size, -1)
+    z = (mean + variance.sqrt() * z_noise).unsqueeze(1).expand(-1, args.batch_size, -1)
 
     # (4), (5) critics and encoder
     qf_loss, qf_values = agent.sac.critic_loss(
-        batch, z, noise[1], args.gamma, agent.reward_scale, args.temperature
+        batch, z, next_noise, args.gamma, agent.reward_scale, args.temperature
     )
     kl = kl_to_prior(mean, variance).mean()
     apply_gradient(optimizers["critics"], qf_loss + args.kl_weight * args.meta_batch_size * kl)
 
     # (6) the actor, with the critics just updated, and the targets
     actor_loss, logprob = agent.sac.actor_loss(
-        batch, z.detach(), noise[2], args.regularization, args.temperature
+        batch, z.detach(), action_noise, args.regularization, args.temperature
     )
     apply_gradient(optimizers["actor"], actor_loss)
-    agent.sac.follow(args.tau)
+    agent.sac.update_targets(args.tau)
     losses = [qf_loss, qf_values, kl, variance.sqrt().mean(), actor_loss, -logprob]
     return torch.stack(losses).detach()
 
@@ -360,9 +363,9 @@ def evaluate(tasks, agent, args) -> tuple[dict, dict]:
 
 def main(args: Args) -> dict[str, float]:
     """Train, resume or only evaluate; returns the last value of every eval/* and charts/* tag."""
-    args, device, checkpoint = setup(args, by_kind)
+    args, device, checkpoint = setup(args, with_defaults)
     envs, train_tasks, test_tasks = make_tasks(args)
-    check(envs, args)
+    check_flags(envs, args)
     obs_size = envs.single_observation_space.shape[0]
     agent = Agent(obs_size, envs.single_action_space.shape[0], args).to(device)
     agent.load_state_dict(restore(agent.state_dict(), checkpoint.get("agent")))
@@ -371,55 +374,55 @@ def main(args: Args) -> dict[str, float]:
         scores, episodes = evaluate(test_tasks, agent, args)
         return report(scores, test_tasks, args, episodes)
 
-    # this rank's tasks, and the optimizers; the encoder learns with the critics
+    # this rank's tasks, and the optimizers
     rank, num_ranks = ranks()
     experience = Experience(train_tasks[rank::num_ranks], agent, args)
     num_tasks = len(experience.tasks)
     num_picked = args.picked_tasks // num_ranks
-    first = math.ceil(num_tasks / num_picked)  # iterations of the initial collection
-    parameters = {"critics": [*agent.sac.critics.parameters(), *agent.encoder.parameters()]}
-    parameters["actor"] = [*agent.sac.actor.parameters()]
-    optimizers = {}
-    for name, saved in checkpoint.get("optimizers", dict.fromkeys(parameters)).items():
-        optimizers[name] = adam(parameters[name], args.learning_rate, args, saved)
+    at_first = math.ceil(num_tasks / num_picked)  # iterations of the initial collection
+    saved = checkpoint.get("optimizers", {"critics": None, "actor": None})
+    critics = [*agent.sac.critics.parameters(), *agent.encoder.parameters()]  # learn together
+    actor = agent.sac.actor.parameters()
+    optimizers = {
+        "critics": adam(critics, args.learning_rate, args, saved["critics"]),
+        "actor": adam(actor, args.learning_rate, args, saved["actor"]),
+    }
 
     with Run(args, checkpoint) as run:
         if checkpoint:
             own = run.own(checkpoint)
             experience.replay.load(own["replay"])
             experience.window.copy_(own["window"])
-        size = f"{args.replay_size} steps, {experience.replay.bytes / 1e9:.2f} GB"
-        values = ", ".join(f"{name} {getattr(args, name)}" for name in BY_KIND)
-        show(values, f"replay: {num_tasks} tasks x {size}")
+        show_recipe(experience, args)
         while run.next_iteration():
             # (1) collect: at first in all tasks in turn, then in picked ones
-            warming_up = run.iteration < first + args.warmup_iterations
-            if run.iteration <= first:
+            warming_up = run.iteration < at_first + args.warmup_iterations
+            if run.iteration <= at_first:
                 phases = ["initial"]
                 ids = (np.arange(num_picked) + num_picked * (run.iteration - 1)) % num_tasks
             else:
                 phases = ["prior", "posterior", "extra"]
                 ids = keyed_rng(args.seed, *run.key("picks")).permutation(num_tasks)[:num_picked]
             ids = torch.as_tensor(ids, device=device)
-            reach = 0 if warming_up else args.context_window
-            rounds = explore(phases, ids, experience, reach, run.key("train"), agent, args)
-            run.global_step += num_steps(rounds)
+            remaining = 1 - run.global_step / args.total_timesteps
+            window = 0 if warming_up else args.context_window
+            batches = explore(phases, ids, experience, window, run.key("train"), agent, args)
+            run.global_step += num_steps(batches)
             run.lap("collect")
 
             # (2)-(6) gradient steps, from the end of the initial collection on
-            if run.iteration == first:
+            if run.iteration == at_first:
                 set_unit(agent, reward_unit(experience.replay, experience.columns), args)
             losses = {}
-            if run.iteration >= first:
+            if run.iteration >= at_first:
                 times = args.warmup_gradient_steps if warming_up else args.gradient_steps
-                left = max(0, 1 - run.global_step / args.total_timesteps)
-                lr = args.learning_rate * (left if args.anneal else 1)
+                lr = args.learning_rate * (remaining if args.anneal else 1)
                 key = run.key("update")
                 losses = gradient_steps(agent, optimizers, experience, times, lr, key, args)
             run.lap("update")
 
             # log, (7) meta-test, save
-            metrics = losses | charts(rounds)
+            metrics = losses | charts(batches)
             if run.due(args.eval_every):
                 scores, episodes = evaluate(test_tasks, agent, args)
                 metrics |= report(scores, test_tasks, args)
@@ -435,9 +438,333 @@ def main(args: Args) -> dict[str, float]:
 
 
 # ==================================================================================================
-# From here on: blocks shared with the other scripts, the same bytes in each.
+# From here on: blocks shared with other scripts, the same bytes in each. First what belongs to the
+# algorithm, then what surrounds it: rollout, tasks, graphs, run.
 # ==================================================================================================
 
+# >>> shared: adam
+
+
+def adam(parameters, lr: float, args, saved: dict | None = None, eps=1e-8) -> torch.optim.Adam:
+    """Adam in a form that a graph can hold: step sizes are tensors, to be filled.
+
+    parameters: these, or groups. saved: the state_dict of a checkpoint, of whatever device.
+    """
+    optimizer = torch.optim.Adam(parameters, lr, eps=eps, fused=True, capturable=args.cuda)
+    if saved:
+        optimizer.load_state_dict(saved)
+    for group in optimizer.param_groups:
+        lr = torch.as_tensor(group["lr"], dtype=torch.float32)
+        group |= {"lr": lr.to(device_of(args)), "capturable": args.cuda}
+    return optimizer
+
+
+# <<< shared: adam
+# >>> shared: moments
+
+
+def moments(x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """Mean and standard deviation (...) of x (*mask.shape, ...) where mask is 1, over all ranks;
+    without a mask, of the rows of x (B, ...).
+    """
+    mask = x.new_ones(len(x)) if mask is None else mask
+    dims = tuple(range(mask.ndim))
+    weight = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+    count = all_reduce(mask.sum())
+    mean = all_reduce((x * weight).sum(dims)) / count
+    variance = all_reduce(((x - mean) ** 2 * weight).sum(dims)) / count
+    return mean, variance.sqrt()
+
+
+# <<< shared: moments
+# >>> shared: sac
+
+
+class MLP(nn.Module):
+    """Three hidden ReLU layers of `hidden` units; `stack` networks at once, each with own weights.
+
+    (..., inputs) -> (..., outputs); of a stack (stack, ..., inputs) -> (stack, ..., outputs).
+    Initialised as in the code of PEARL: uniform within 1 / sqrt(hidden), biases 0.1, the last layer
+    uniform within `last`.
+    """
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, stack: int = 1, last: float = 3e-3):
+        super().__init__()
+        sizes = [inputs, hidden, hidden, hidden, outputs]
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for i in range(4):
+            bound = hidden**-0.5 if i < 3 else last
+            weight = torch.empty(stack, sizes[i], sizes[i + 1]).uniform_(-bound, bound)
+            self.weights.append(nn.Parameter(weight))
+        for size in sizes[1:4]:
+            self.biases.append(nn.Parameter(torch.full((stack, 1, size), 0.1)))
+        self.biases.append(nn.Parameter(torch.empty(stack, 1, outputs).uniform_(-last, last)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = x.shape[:-1]
+        x = x.reshape(len(self.weights[0]), -1, x.shape[-1])
+        for i in range(4):
+            x = torch.baddbmm(self.biases[i], x, self.weights[i])
+            if i < 3:
+                x = x.relu_()
+        return x.view(*shape, -1)
+
+
+def tanh_gaussian(dist_params: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tanh of a Gaussian draw: mean and log std (..., 2A), normal noise (..., A).
+
+    Returns the action (..., A), its log-probability (...), mean and log std (..., A).
+    """
+    mean, log_std = dist_params.chunk(2, -1)
+    log_std = log_std.clamp(-20, 2)  # the original's bounds
+    raw = mean + log_std.exp() * noise
+    log_slope = 2 * (math.log(2) - raw - F.softplus(-2 * raw))  # log(1 - tanh²)
+    logprob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi) - log_slope
+    return raw.tanh(), logprob.sum(-1), mean, log_std
+
+
+class SoftActorCritic(nn.Module):
+    """Actor, twin critics and their targets, which are given something beside the observation."""
+
+    def __init__(self, obs_size: int, action_size: int, given_size: int, hidden_size: int):
+        super().__init__()
+        inputs = obs_size + given_size
+        self.actor = MLP(inputs, hidden_size, 2 * action_size, last=1e-3)
+        self.critics = MLP(inputs + action_size, hidden_size, 1, stack=2)
+        self.targets = copy.deepcopy(self.critics).requires_grad_(False)
+
+    def act(self, obs, given, noise) -> tuple[torch.Tensor, ...]:
+        """obs (..., O), given (..., G), normal noise (..., A) -> what tanh_gaussian returns."""
+        return tanh_gaussian(self.actor(torch.cat([obs, given], -1)), noise)
+
+    def values(self, critics, obs, given, action) -> torch.Tensor:
+        """obs (..., O), given (..., G), action (..., A) -> (2, ...), one value of each critic."""
+        x = torch.cat([obs, given, action], -1)
+        return critics(x.expand(2, *x.shape)).squeeze(-1)
+
+    def critic_loss(self, batch, given, noise, gamma, reward_scale, temperature) -> tuple:
+        """The critics' mean squared errors, summed, and their mean value.
+
+        batch: transitions (N, B, ...) by name; given (N, B, G); noise (N, B, A). The target is
+        y = scale r + γ (min Q'(s', a') - temperature log π(a'|s')), a' from the actor, and the
+        reward alone at a terminal state.
+        """
+        with torch.no_grad():
+            next_action, next_logprob, *_ = self.act(batch["next_obs"], given, noise)
+            next_values = self.values(self.targets, batch["next_obs"], given, next_action)
+            soft_value = next_values.amin(0) - temperature * next_logprob
+            goes_on = 1 - batch["terminated"].squeeze(-1)
+            y = reward_scale * batch["dense_rewards"].squeeze(-1) + gamma * goes_on * soft_value
+        values = self.values(self.critics, batch["obs"], given, batch["actions"])
+        return (values - y).square().mean((1, 2)).sum(), values.mean()
+
+    def actor_loss(self, batch, given, noise, regularization, temperature) -> tuple:
+        """temperature log π(a|s) - min Q(s, a), and the actions' mean log-probability.
+
+        Shapes as in critic_loss. regularization: weight of the squared mean and log std.
+        """
+        action, logprob, mean, log_std = self.act(batch["obs"], given, noise)
+        value = self.values(self.critics, batch["obs"], given, action).amin(0)
+        penalty = regularization * (mean.square().mean() + log_std.square().mean())
+        return (temperature * logprob - value).mean() + penalty, logprob.mean()
+
+    @torch.no_grad()
+    def update_targets(self, tau: float):
+        """targets ← (1 - τ) targets + τ critics."""
+        torch._foreach_lerp_([*self.targets.parameters()], [*self.critics.parameters()], tau)
+
+
+def apply_gradient(optimizer: torch.optim.Optimizer, loss: torch.Tensor):
+    """One step of the optimizer along its parameters' gradient, the mean over the ranks."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad()
+    loss.backward(inputs=parameters)
+    if ranks()[1] > 1:
+        gradients = [p.grad for p in parameters]
+        mean = all_reduce(parameters_to_vector(gradients)) / ranks()[1]
+        vector_to_parameters(mean, gradients)
+    optimizer.step()
+
+
+def to_rows(batch: dict, columns) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of episodes (N, E, T, ...), the columns as rows (N, E T, W); and the rows' mask (N, E T)."""
+    parts = [batch[name] for name in columns]
+    parts = [part if part.ndim == 4 else part.unsqueeze(-1) for part in parts]
+    return torch.cat(parts, -1).flatten(1, 2), batch["mask"].flatten(1, 2)
+
+
+def from_rows(rows: torch.Tensor, columns: dict[str, int]) -> dict[str, torch.Tensor]:
+    """Rows (..., W) as columns by name, each as wide as columns says."""
+    return dict(zip(columns, rows.split([*columns.values()], -1), strict=True))
+
+
+LONG = 1000  # steps of an episode, at most, that room is made for: a limit may be far beyond
+
+
+class Replay:
+    """Per task the last `capacity` transitions, each a row of `width` numbers, on the device.
+
+    A rank keeps those of its own tasks. flag: the one that sets the capacity.
+    """
+
+    def __init__(self, num_tasks, capacity, width, device, flag: str):
+        self.capacity = capacity
+        self.flag = flag
+        self.bytes = num_tasks * capacity * width * torch.get_default_dtype().itemsize
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if device.type == "cuda":
+            memory = torch.cuda.mem_get_info(device)[0]
+        if self.bytes > memory:
+            size = f"{num_tasks} tasks need {self.bytes / 1e9:.1f} GB of {memory / 1e9:.1f} GB"
+            fail(f"{flag} {capacity}: {size}, give a smaller one")
+        self.rows = torch.zeros(num_tasks * capacity, width, device=device)
+        self.count = torch.zeros(num_tasks, dtype=torch.long, device=device)  # rows ever added
+
+    def add(self, ids: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor):
+        """Append rows (N, B, W) where mask (N, B) is 1 to the different tasks ids (N,)."""
+        most = int(mask.sum(1).max())
+        if most > self.capacity:
+            fail(f"{self.flag} {self.capacity}: less than the {most} steps of a task at once")
+        position = self.count[ids].unsqueeze(1) + mask.long().cumsum(1) - 1
+        self.rows[self.index(ids, position)[mask > 0]] = rows[mask > 0]
+        self.count[ids] += mask.long().sum(1)
+
+    def gather(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Rows (N, B, W) of the tasks ids (N,), numbered (N, B) from the first ever added."""
+        return self.rows[self.index(ids, position)]
+
+    def sample(self, ids: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
+        """n rows of each of the tasks ids (N,), with replacement: (N, n, W)."""
+        size = self.count[ids].clamp(max=self.capacity).unsqueeze(1)
+        options = {"generator": generator, "device": ids.device, "dtype": torch.float64}
+        return self.gather(ids, (torch.rand(len(ids), n, **options) * size).long())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The filled rows and the counts, for load."""
+        return {"rows": self.rows[self.filled()], "count": self.count}
+
+    def load(self, state: dict[str, torch.Tensor]):
+        """What state has returned."""
+        self.count.copy_(state["count"])
+        self.rows[self.filled()] = state["rows"].to(self.rows)
+
+    def index(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        return ids.unsqueeze(1) * self.capacity + position % self.capacity
+
+    def filled(self) -> torch.Tensor:
+        """Which of rows hold a transition, (num_tasks capacity,)."""
+        size = self.count.clamp(max=self.capacity).unsqueeze(1)
+        return (torch.arange(self.capacity, device=size.device) < size).flatten()
+
+
+def reward_unit(replay: Replay, columns: dict[str, int]) -> torch.Tensor:
+    """Standard deviation of the dense rewards in all ranks' replays, at least a tenth of their
+    mean; 1 if all are 0.
+    """
+    rewards = from_rows(replay.rows[replay.filled()], columns)["dense_rewards"].double().flatten()
+    mean, std = moments(rewards)
+    unit = torch.maximum(std, mean.abs() / 10)  # or rewards that hardly vary would become large
+    return torch.where(unit > 0, unit, 1)
+
+
+# <<< shared: sac
+# >>> shared: rollout
+
+
+@torch.no_grad()
+def play_steps(act, params, lanes, noise, envs, args) -> tuple[tuple, dict]:
+    """Steps of all lanes, one for each of noise (N, E, T, A), or until none lives.
+
+    lanes: obs (B, O), alive (B,), and the tensors in which a family on the device keeps its state.
+    Returns lanes after the steps, and the steps, (B, T, ...) by name.
+    """
+    obs, alive, state = lanes
+    vars(envs).update(state)
+    can_be_captured = obs.is_cuda and envs.on_device
+    steps = []
+    for t in range(noise.shape[2]):
+        actions = act(params, obs.unflatten(0, noise.shape[:2]), noise[:, :, t]).flatten(0, 1)
+        next_obs, rewards, terminated, truncated, info = step_lanes(envs, actions)
+        step = {"obs": obs, "actions": actions, "next_obs": next_obs, "rewards": rewards, **info}
+        steps.append(step | {"terminated": terminated, "mask": alive})
+        obs = next_obs
+        alive = alive & ~(terminated | truncated)
+        if not can_be_captured and not alive.any():
+            break
+    length = noise.shape[2] if obs.is_cuda else 0  # graphs are of one shape
+    return (obs, alive, {x: vars(envs)[x] for x in state}), stack_steps(steps, length)
+
+
+@torch.no_grad()
+def rollout(act, params, tasks, episodes, key, args, deterministic=False) -> dict:
+    """E episodes in each of N tasks (N, K), all at once; key: of the draws.
+
+    act: params, obs (N, E, O), noise (N, E, A) -> actions (N, E, A), or (N, E) of Discrete ones; a
+    method or a function of a module, which a graph can know again. The noise is normal, or Gumbel
+    for Discrete actions, and 0 for the mean or mode.
+    Returns a batch, T being the longest episode; after an episode's end all of it is 0:
+
+    obs, next_obs           (N, E, T, O)  before and after the step
+    actions                 (N, E, T, A)  as chosen, unclipped; (N, E, T) if Discrete
+    rewards, dense_rewards  (N, E, T)     of the step
+    sparse_rewards, success (N, E, T)     the same, where tasks report them
+    terminated              (N, E, T)     1 where the step ended the episode, time limits excluded
+    mask                    (N, E, T)     1 up to the episode's end
+
+    On a GPU T is rounded up to whole hundreds, or the horizon: graphs are of one shape.
+    """
+    envs = make_envs(args.env_id, len(tasks) * episodes)
+    of_lanes = np.repeat(tasks, episodes, axis=0)
+    generator = keyed_generator(args, *key)
+    obs = reset_lanes(envs, of_lanes, generator)
+    require_finite({"next_obs": obs.unsqueeze(1)}, of_lanes, -1, args)
+    alive = torch.ones(len(of_lanes), dtype=torch.bool, device=obs.device)
+    lanes = obs, alive, {name: x for name, x in vars(envs).items() if torch.is_tensor(x)}
+    some_steps = graphed(play_steps, args) if envs.on_device else play_steps
+    act = act if envs.on_device else graphed(act, args)
+    blocks = []
+    for first in range(0, args.horizon, 100):
+        shape = (len(tasks), episodes, min(100, args.horizon - first))
+        noise = draw_noise(envs.single_action_space, shape, generator, deterministic)
+        lanes, rows = some_steps(act, params, lanes, noise, envs, args)
+        require_finite(rows, of_lanes, first, args)
+        blocks.append(rows)
+        if not lanes[1].any():
+            break
+
+    batch = {name: x.unflatten(0, shape[:2]) for name, x in join_blocks(blocks).items()}
+    batch["dense_rewards"] = batch["rewards"]
+    if "sparse_reward" in batch:
+        batch["sparse_rewards"] = batch.pop("sparse_reward")
+    return batch
+
+
+def episode_scores(batch, mean_actions: dict | None = None) -> dict[str, torch.Tensor]:
+    """Means over each task's episodes, (N,): undiscounted return and, where defined, success.
+
+    Given another batch, of mean actions, those are its scores, and the batch's are sampled_*.
+    """
+    if mean_actions:
+        sampled = {f"sampled_{name}": x for name, x in episode_scores(batch).items()}
+        return sampled | episode_scores(mean_actions)
+    scores = {"return": batch["rewards"].sum(-1).mean(1)}
+    if "success" in batch:
+        scores["success"] = batch["success"].amax(-1).mean(1)
+    return scores
+
+
+def charts(batches) -> dict[str, float]:
+    """charts/*, of an iteration's first batch, before adaptation, and of its last, after it."""
+    first, last = batches[0], batches[-1]
+    return {
+        "charts/pre_adaptation_return": task_mean(episode_scores(first)["return"]),
+        "charts/episodic_return": task_mean(episode_scores(last)["return"]),
+        "charts/episodic_length": task_mean(last["mask"].sum(-1)),
+    }
+
+
+# <<< shared: rollout
 # >>> shared: tasks
 
 POINT_FAMILIES = ["PointRobot-v0", "SparsePointRobot-v0", "Navigation2D-v0"]
@@ -533,25 +860,22 @@ class UserEnvs(gym.vector.VectorEnv):
         for method in ("sample_tasks", "set_task"):
             if not callable(self.of_env(method)):
                 fail(f"{env_id} is no family of tasks: it has no method {method} (docs/tasks.md)")
-        self.native_obs = self.envs[0].observation_space
-        self.native = self.envs[0].action_space
-        if not getattr(self.native_obs, "is_np_flattenable", False):
-            fail(f"{env_id} has observations that no vector holds: {self.native_obs}")
-        if self.native_obs.dtype == np.uint8 and len(self.native_obs.shape) == 3:
-            fail(f"{env_id} has images as observations, {self.native_obs}; vectors are supported")
-        if math.prod(getattr(self.native, "shape", None) or ()) == 0:
-            fail(f"{env_id} has no actions: {self.native}")
-        if not isinstance(self.native, gym.spaces.Box | gym.spaces.Discrete):
-            kind = type(self.native).__name__
-            fail(f"{env_id} has {kind} actions; Box and Discrete are supported")
+        obs = self.native_obs = self.envs[0].observation_space
+        flat = getattr(obs, "is_np_flattenable", False)
+        if not flat or (obs.dtype == np.uint8 and len(obs.shape) == 3):  # images
+            fail(f"{env_id} has observations {obs}; vectors are supported")
+        self.single_observation_space = gym.spaces.flatten_space(obs)
+        self.native = self.single_action_space = self.envs[0].action_space
         self.discrete = isinstance(self.native, gym.spaces.Discrete)
-        size = math.prod(self.native.shape)
-        self.single_observation_space = gym.spaces.flatten_space(self.native_obs)
-        self.single_action_space = (
-            self.native if self.discrete else gym.spaces.Box(-1, 1, (size,), np.float64)
-        )
+        if not self.discrete:
+            size = math.prod(self.native.shape) if isinstance(self.native, gym.spaces.Box) else 0
+            if size == 0:
+                fail(f"{env_id} has actions {self.native}; Box and Discrete are supported")
+            self.single_action_space = gym.spaces.Box(-1, 1, (size,), np.float64)
         self.horizon = self.envs[0].spec.max_episode_steps or 0
         self.num_modes = self.of_env("num_modes") or 0
+        if self.of_env("sample_test_tasks"):
+            self.sample_test_tasks = partial(self.sample_tasks, method="sample_test_tasks")
 
     def of_env(self, name: str, lane: int = 0):
         """An attribute of a lane's environment or of its wrappers; None if there is none."""
@@ -561,29 +885,20 @@ class UserEnvs(gym.vector.VectorEnv):
     def sample_tasks(self, n: int, rng, method: str = "sample_tasks") -> np.ndarray:
         self.envs[0].unwrapped.np_random = rng
         tasks = self.of_env(method)(n)
-        try:
+        with suppress(ValueError):  # rows of several lengths
             array = np.asarray(tasks)
-        except ValueError:  # rows of several lengths
-            array = np.asarray(None)
-        if array.shape[:1] != (n,) or array.dtype.kind not in "biuf" or not array.size:
-            came = f"{array.dtype} {array.shape}" if array.ndim else type(tasks).__name__
-            fail(f"{self.env_id}: {method}({n}) must return {n} rows of numbers, not {came}")
-        if not np.isfinite(array).all():
-            fail(f"{self.env_id}: {method}({n}) returned tasks that are not finite")
-        return array
-
-    def sample_test_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        own = self.of_env("sample_test_tasks")
-        return self.sample_tasks(n, rng, "sample_test_tasks" if own else "sample_tasks")
+            numbers = array.dtype.kind in "biuf" and np.isfinite(array).all()
+            if numbers and array.size and array.shape[:1] == (n,):
+                return array
+        fail(f"{self.env_id}: {method}({n}) must return {n} rows of numbers, all of them finite")
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         seeds = np.random.default_rng(seed).integers(2**31, size=self.num_envs)
         self.obs = np.zeros((self.num_envs, *self.single_observation_space.shape))
         self.terminated = np.zeros(self.num_envs, bool)
         self.truncated = np.zeros(self.num_envs, bool)
-        for i, task in enumerate(options["task"]):
-            self.of_env("set_task", i)(task)
         for i, env in enumerate(self.envs):
+            self.of_env("set_task", i)(options["task"][i])
             told = env.reset(seed=int(seeds[i]))
             if not isinstance(told, tuple) or len(told) != 2:
                 fail(f"{self.env_id}: reset must return obs and info, not {told!r:.80}")
@@ -636,15 +951,11 @@ class UserEnvs(gym.vector.VectorEnv):
 
     def _flat(self, method: str, obs) -> np.ndarray:
         """An observation as a vector; ends the program if it is none of its space."""
-        try:
+        with suppress(AttributeError, IndexError, KeyError, TypeError, ValueError):
             flat = gym.spaces.flatten(self.native_obs, obs)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            flat = np.empty(0)
-        if np.shape(flat) != self.single_observation_space.shape or flat.dtype.kind not in "biuf":
-            fail(
-                f"{self.env_id}: {method} returned {obs!r:.80}, no observation in {self.native_obs}"
-            )
-        return flat
+            if flat.shape == self.single_observation_space.shape:
+                return flat
+        fail(f"{self.env_id}: {method} returned {obs!r:.80}, no observation in {self.native_obs}")
 
     def _number(self, name: str, value) -> float:
         number = np.asarray(value)
@@ -713,8 +1024,7 @@ def make_tasks(args) -> tuple[gym.vector.VectorEnv, np.ndarray, np.ndarray]:
         nothing = torch.as_tensor(np.zeros((1, *space.shape), space.dtype))
         info = step_lanes(envs, nothing.to(generator.device))[4]
         if sparse and "sparse_reward" not in info:
-            dense = "give --train-reward dense --test-reward dense"
-            fail(f"{args.env_id} reports no sparse reward: {dense}")
+            fail(f"{args.env_id} reports no sparse reward: try --train-reward, --test-reward dense")
     return envs, train, test
 
 
@@ -726,6 +1036,8 @@ def require_memory(envs, args):
     needed["--hidden-size"] = 16 * args.hidden_size**2
     needed["--num-test-tasks"] = 8 * args.num_test_tasks
     needed["--num-train-tasks"] = 8 * args.num_train_tasks
+    if not hasattr(os, "sysconf"):  # on Windows
+        return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for flags, size in needed.items():
         if size > memory:
@@ -765,9 +1077,7 @@ def step_lanes(envs, actions: torch.Tensor) -> tuple:
     if envs.on_device:
         *told, info = envs.step(actions)
         return *told, {x: info[x] for x in names if x in info}
-    chosen = actions.cpu().numpy()
-    if not np.isfinite(chosen).all():
-        chosen = np.nan_to_num(chosen, posinf=0, neginf=0)
+    chosen = np.nan_to_num(actions.cpu().numpy(), posinf=0, neginf=0)
     obs, rewards, terminated, truncated, info = envs.step(chosen)
     names = [name for name in names if name in info]
     columns = [obs, rewards, terminated, truncated, *(info[name] for name in names)]
@@ -804,6 +1114,15 @@ def stack_steps(steps: list[dict], length: int = 0) -> dict:
     return rows
 
 
+def join_blocks(blocks: list[dict]) -> dict:
+    """Blocks of steps, (B, T, ...) by name, one after the other; 0 where a block lacks a name."""
+    joined = {}
+    for name in {name: x for rows in blocks for name, x in rows.items()}:
+        parts = [rows.get(name, torch.zeros_like(rows["rewards"])) for rows in blocks]
+        joined[name] = torch.cat(parts, 1)
+    return joined
+
+
 def require_finite(rows: dict, tasks: np.ndarray, first: int, args):
     """End the program if in steps (B, T, ...), from step first on, something is not finite.
 
@@ -812,117 +1131,16 @@ def require_finite(rows: dict, tasks: np.ndarray, first: int, args):
     if math.isfinite(sum(x.sum() for x in rows.values())):
         return
     names = {"next_obs": "observation", "rewards": "reward", "sparse_reward": "sparse reward"}
-    for t in range(next(iter(rows.values())).shape[1]):
-        for name, column in rows.items():
-            bad = ~column[:, t].isfinite().reshape(len(tasks), -1).all(1)
-            if bad.any() and name in ("actions", "values"):
-                fail(f"the policy has diverged, its {name} are not finite: try smaller step sizes")
-            if bad.any():
-                lane = int(bad.int().argmax())
-                where = f"in lane {lane}, step {first + t}, task {tasks[lane]}"
-                fail(f"{args.env_id}: {names.get(name, name)} is not finite {where}")
+    bad = [~x.isfinite().reshape(*x.shape[:2], -1).all(2) for x in rows.values()]
+    for t, column, lane in torch.stack(bad).permute(2, 0, 1).nonzero().tolist():  # the first step's
+        name = [*rows][column]
+        if name in ("actions", "values"):
+            fail(f"the policy has diverged, its {name} are not finite: try smaller step sizes")
+        where = f"in lane {lane}, step {first + t}, task {tasks[lane]}"
+        fail(f"{args.env_id}: {names.get(name, name)} is not finite {where}")
 
 
 # <<< shared: tasks
-# >>> shared: rollout
-
-
-@torch.no_grad()
-def play_steps(act, params, lanes, noise, envs, args) -> tuple[tuple, dict]:
-    """Steps of all lanes, one for each of noise (N, E, T, A), or until none lives.
-
-    lanes: obs (B, O), alive (B,), and the tensors in which a family on the device keeps its state.
-    Returns lanes after the steps, and the steps, (B, T, ...) by name.
-    """
-    obs, alive, state = lanes
-    vars(envs).update(state)
-    can_be_captured = obs.is_cuda and envs.on_device
-    steps = []
-    for t in range(noise.shape[2]):
-        actions = act(params, obs.unflatten(0, noise.shape[:2]), noise[:, :, t]).flatten(0, 1)
-        next_obs, rewards, terminated, truncated, info = step_lanes(envs, actions)
-        step = {"obs": obs, "actions": actions, "next_obs": next_obs, "rewards": rewards, **info}
-        steps.append(step | {"terminated": terminated, "mask": alive})
-        obs = next_obs
-        alive = alive & ~(terminated | truncated)
-        if not can_be_captured and not alive.any():
-            break
-    length = noise.shape[2] if obs.is_cuda else 0  # graphs are of one shape
-    return (obs, alive, {x: vars(envs)[x] for x in state}), stack_steps(steps, length)
-
-
-@torch.no_grad()
-def rollout(act, params, tasks, episodes, key, args, deterministic=False) -> dict:
-    """E episodes in each of N tasks (N, K), all at once; key: of the draws.
-
-    act: params, obs (N, E, O), noise (N, E, A) -> actions (N, E, A), or (N, E) of Discrete ones; a
-    method or a function of a module, which a graph can know again. The noise is normal, or Gumbel
-    for Discrete actions, and 0 for the mean or mode.
-    Returns a batch, T being the longest episode; after an episode's end all of it is 0:
-
-    obs, next_obs           (N, E, T, O)  before and after the step
-    actions                 (N, E, T, A)  as chosen, unclipped; (N, E, T) if Discrete
-    rewards, dense_rewards  (N, E, T)     of the step
-    sparse_rewards, success (N, E, T)     the same, where tasks report them
-    terminated              (N, E, T)     1 where the step ended the episode, time limits excluded
-    mask                    (N, E, T)     1 up to the episode's end
-
-    On a GPU T is rounded up to whole hundreds, or the horizon: graphs are of one shape.
-    """
-    envs = make_envs(args.env_id, len(tasks) * episodes)
-    of_lanes = np.repeat(tasks, episodes, axis=0)
-    generator = keyed_generator(args, *key)
-    obs = reset_lanes(envs, of_lanes, generator)
-    require_finite({"next_obs": obs.unsqueeze(1)}, of_lanes, -1, args)
-    alive = torch.ones(len(of_lanes), dtype=torch.bool, device=obs.device)
-    lanes = obs, alive, {name: x for name, x in vars(envs).items() if torch.is_tensor(x)}
-    some_steps = graphed(play_steps, args) if envs.on_device else play_steps
-    act = act if envs.on_device else graphed(act, args)
-    blocks = []
-    for first in range(0, args.horizon, 100):
-        shape = (len(tasks), episodes, min(100, args.horizon - first))
-        noise = draw_noise(envs.single_action_space, shape, generator, deterministic)
-        lanes, rows = some_steps(act, params, lanes, noise, envs, args)
-        require_finite(rows, of_lanes, first, args)
-        blocks.append(rows)
-        if not lanes[1].any():
-            break
-
-    batch = {}
-    for name in {name: x for rows in blocks for name, x in rows.items()}:
-        parts = [rows.get(name, torch.zeros_like(rows["rewards"])) for rows in blocks]
-        batch[name] = torch.cat(parts, 1).unflatten(0, shape[:2])
-    batch["dense_rewards"] = batch["rewards"]
-    if "sparse_reward" in batch:
-        batch["sparse_rewards"] = batch.pop("sparse_reward")
-    return batch
-
-
-def episode_scores(batch, mean_actions: dict | None = None) -> dict[str, torch.Tensor]:
-    """Means over each task's episodes, (N,): undiscounted return and, where defined, success.
-
-    Given another batch, of mean actions, those are its scores, and the batch's are sampled_*.
-    """
-    if mean_actions:
-        sampled = {f"sampled_{name}": x for name, x in episode_scores(batch).items()}
-        return sampled | episode_scores(mean_actions)
-    scores = {"return": batch["rewards"].sum(-1).mean(1)}
-    if "success" in batch:
-        scores["success"] = batch["success"].amax(-1).mean(1)
-    return scores
-
-
-def charts(batches) -> dict[str, float]:
-    """charts/*, of an iteration's first batch, before adaptation, and of its last, after it."""
-    first, last = batches[0], batches[-1]
-    return {
-        "charts/pre_adaptation_return": task_mean(episode_scores(first)["return"]),
-        "charts/episodic_return": task_mean(episode_scores(last)["return"]),
-        "charts/episodic_length": task_mean(last["mask"].sum(-1)),
-    }
-
-
-# <<< shared: rollout
 # >>> shared: graphs
 
 GRAPHS = {}  # of this run, by what they hold and the tensors' shapes
@@ -990,7 +1208,7 @@ def capture(function, inputs) -> tuple:
 # <<< shared: graphs
 # >>> shared: run
 
-FORMAT = 5  # of checkpoints; commit 663dc29 reads 4, 3629d7c 3, e70b381 2, 2d14005 unnumbered
+FORMAT = 6  # of checkpoints; commit c7abba7 reads 5, 663dc29 4, 3629d7c 3, e70b381 2
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "cudagraphs", "tf32", "num_threads"}
 MAY_CHANGE |= {"eval_every", "checkpoint_every", "track"}
 
@@ -1092,6 +1310,8 @@ def parse(args_class, argv: list[str] | None = None):
             where = f"{saved.env_id} is not beside the script, nor installed; if it is"
             fail(f"{where} in the working folder, give --env-id {saved.env_id} too")
         show(f"tasks of {folder} come from {found.origin}")
+    if "--env-id" in given and args.env_id != saved.env_id:
+        saved = replace(saved, horizon=0)  # that of the other family
     args = tyro.cli(args_class, args=argv, default=saved)
     args.from_parse = True
     return args
@@ -1106,6 +1326,8 @@ def saved_args(args, checkpoint: dict):
     saved = type(args)(**checkpoint["args"])
     if not getattr(args, "from_parse", False):
         given = {name: x for name, x in asdict(args).items() if x != getattr(type(args), name)}
+        if given.get("env_id", saved.env_id) != saved.env_id:
+            given = {"horizon": 0} | given  # that of the other family
         args = replace(saved, **given | {"cuda": args.cuda})  # which is about this machine
     for name in asdict(saved).keys() - MAY_CHANGE if args.resume else ():
         if getattr(args, name) != getattr(saved, name):
@@ -1176,32 +1398,24 @@ def cores() -> int:
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def restoring(main):
-    """main, which leaves torch's settings as they were, and in which sys.exit(0) is an error."""
-
-    @wraps(main)
-    def call(args):
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        threads = torch.get_num_threads()
-        holders = [(torch.utils.deterministic, "fill_uninitialized_memory")]
-        holders += [
-            (torch.backends.cuda.matmul, "allow_tf32"),
-            (torch.backends.cudnn, "allow_tf32"),
-        ]
-        before = {holder: getattr(*holder) for holder in holders}
-        try:
-            return main(args)
-        except SystemExit as error:
-            if error.code:
-                raise
-            fail("the environment has called sys.exit()")
-        finally:
-            torch.use_deterministic_algorithms(deterministic)
-            torch.set_num_threads(threads)
-            for holder, value in before.items():
-                setattr(*holder, value)
-
-    return call
+@contextmanager
+def guarded():
+    """Leaves torch's settings as they were; in it sys.exit(0) is an error."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    threads = torch.get_num_threads()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    except SystemExit as error:
+        if error.code:
+            raise
+        fail("the environment has called sys.exit()")
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        torch.set_num_threads(threads)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
 
 
 def join_ranks(args):
@@ -1241,11 +1455,8 @@ def load_checkpoint(folder: str, args_class, name: str = "checkpoint.pt") -> dic
     torch does not compare; an entry that was added, lost or reshaped shows in its layout.
     """
     path = Path(folder) / name
-    found = os.path.isfile(path)  # no, where the folder may not be searched
-    if not found and any(Path(folder).glob("events.out.tfevents.*")):
-        fail(f"{folder} was stopped before its first checkpoint: start again, without --resume")
-    if not found:
-        fail(f"{folder} is no run: there is no {path}")
+    if not os.path.isfile(path):  # or the folder may not be searched
+        fail(f"{folder} is no run, or was stopped before its first checkpoint: there is no {path}")
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
@@ -1268,10 +1479,9 @@ def restore(own: dict, saved: dict | None) -> dict:
     """What was saved in place of own tensors by name, if anything was; their shapes must agree."""
     if saved is None:
         return own
-    shapes = [{name: tuple(x.shape) for name, x in state.items()} for state in (own, saved)]
-    if shapes[0] != shapes[1]:
-        odd = sorted(name for name, _ in set(shapes[0].items()) ^ set(shapes[1].items()))
-        fail(f"the checkpoint is of other networks than these flags make: {odd[0]} differs")
+    shapes = [{(name, tuple(x.shape)) for name, x in state.items()} for state in (own, saved)]
+    for name, _ in sorted(shapes[0] ^ shapes[1]):
+        fail(f"the checkpoint is of other networks than these flags make: {name} differs")
     return {name: saved[name].to(x) for name, x in own.items()}
 
 
@@ -1291,7 +1501,7 @@ class Run:
         self.tracker = None
         self.start = self.printed = time.perf_counter()
         self.handlers = {}
-        if threading.current_thread() is threading.main_thread():
+        with suppress(ValueError):  # off the main thread there are none
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self._on_signal)
         now = all_reduce(torch.tensor(time.time_ns() // 10**6 * (self.rank == 0)))  # rank 0's
@@ -1524,233 +1734,6 @@ def report(scores: dict, tasks: np.ndarray, args, episodes: dict | None = None) 
 
 
 # <<< shared: run
-# >>> shared: adam
-
-
-def adam(parameters, lr: float, args, saved: dict | None = None, eps=1e-8) -> torch.optim.Adam:
-    """Adam in a form that a graph can hold: step sizes are tensors, to be filled.
-
-    parameters: these, or groups. saved: the state_dict of a checkpoint, of whatever device.
-    """
-    optimizer = torch.optim.Adam(parameters, lr, eps=eps, fused=True, capturable=args.cuda)
-    if saved:
-        optimizer.load_state_dict(saved)
-    for group in optimizer.param_groups:
-        lr = torch.as_tensor(group["lr"], dtype=torch.float32)
-        group |= {"lr": lr.to(device_of(args)), "capturable": args.cuda}
-    return optimizer
-
-
-# <<< shared: adam
-# >>> shared: moments
-
-
-def moments(x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    """Mean and standard deviation (...) of x (*mask.shape, ...) where mask is 1, over all ranks;
-    without a mask, of the rows of x (B, ...).
-    """
-    mask = x.new_ones(len(x)) if mask is None else mask
-    dims = tuple(range(mask.ndim))
-    weight = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
-    count = all_reduce(mask.sum())
-    mean = all_reduce((x * weight).sum(dims)) / count
-    variance = all_reduce(((x - mean) ** 2 * weight).sum(dims)) / count
-    return mean, variance.sqrt()
-
-
-# <<< shared: moments
-# >>> shared: sac
-
-
-class MLP(nn.Module):
-    """Three hidden ReLU layers of `hidden` units; `stack` networks at once, each with own weights.
-
-    (..., inputs) -> (..., outputs); of a stack (stack, ..., inputs) -> (stack, ..., outputs).
-    Initialised as in the code of PEARL: uniform within 1 / sqrt(hidden), biases 0.1, the last layer
-    uniform within `last`.
-    """
-
-    def __init__(self, inputs: int, hidden: int, outputs: int, stack: int = 1, last: float = 3e-3):
-        super().__init__()
-        sizes = [inputs, hidden, hidden, hidden, outputs]
-        self.weights = nn.ParameterList()
-        self.biases = nn.ParameterList()
-        for i in range(4):
-            bound = hidden**-0.5 if i < 3 else last
-            weight = torch.empty(stack, sizes[i], sizes[i + 1]).uniform_(-bound, bound)
-            self.weights.append(nn.Parameter(weight))
-        for size in sizes[1:4]:
-            self.biases.append(nn.Parameter(torch.full((stack, 1, size), 0.1)))
-        self.biases.append(nn.Parameter(torch.empty(stack, 1, outputs).uniform_(-last, last)))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shape = x.shape[:-1]
-        x = x.reshape(len(self.weights[0]), -1, x.shape[-1])
-        for i in range(4):
-            x = torch.baddbmm(self.biases[i], x, self.weights[i])
-            if i < 3:
-                x = x.relu_()
-        return x.view(*shape, -1)
-
-
-def tanh_gaussian(dist_params: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tanh of a Gaussian draw: mean and log std (..., 2A), normal noise (..., A).
-
-    Returns the action (..., A), its log-probability (...), mean and log std (..., A).
-    """
-    mean, log_std = dist_params.chunk(2, -1)
-    log_std = log_std.clamp(-20, 2)  # the original's bounds
-    raw = mean + log_std.exp() * noise
-    log_slope = 2 * (math.log(2) - raw - F.softplus(-2 * raw))  # log(1 - tanh²)
-    logprob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi) - log_slope
-    return raw.tanh(), logprob.sum(-1), mean, log_std
-
-
-class SoftActorCritic(nn.Module):
-    """Actor, twin critics and their targets, which are given something beside the observation."""
-
-    def __init__(self, obs_size: int, action_size: int, given_size: int, hidden_size: int):
-        super().__init__()
-        inputs = obs_size + given_size
-        self.actor = MLP(inputs, hidden_size, 2 * action_size, last=1e-3)
-        self.critics = MLP(inputs + action_size, hidden_size, 1, stack=2)
-        self.targets = copy.deepcopy(self.critics).requires_grad_(False)
-
-    def act(self, obs, given, noise) -> tuple[torch.Tensor, ...]:
-        """obs (..., O), given (..., G), normal noise (..., A) -> what tanh_gaussian returns."""
-        return tanh_gaussian(self.actor(torch.cat([obs, given], -1)), noise)
-
-    def values(self, critics, obs, given, action) -> torch.Tensor:
-        """obs (..., O), given (..., G), action (..., A) -> (2, ...), one value of each critic."""
-        x = torch.cat([obs, given, action], -1)
-        return critics(x.expand(2, *x.shape)).squeeze(-1)
-
-    def critic_loss(self, batch, given, noise, gamma, reward_scale, temperature) -> tuple:
-        """The critics' mean squared errors, summed, and their mean value.
-
-        batch: transitions (N, B, ...) by name; given (N, B, G); noise (N, B, A). The target is
-        y = scale r + γ (min Q'(s', a') - temperature log π(a'|s')), a' from the actor, and the
-        reward alone at a terminal state.
-        """
-        with torch.no_grad():
-            next_action, next_logprob, *_ = self.act(batch["next_obs"], given, noise)
-            next_values = self.values(self.targets, batch["next_obs"], given, next_action)
-            soft_value = next_values.amin(0) - temperature * next_logprob
-            goes_on = 1 - batch["terminated"].squeeze(-1)
-            y = reward_scale * batch["dense_rewards"].squeeze(-1) + gamma * goes_on * soft_value
-        values = self.values(self.critics, batch["obs"], given, batch["actions"])
-        return (values - y).square().mean((1, 2)).sum(), values.mean()
-
-    def actor_loss(self, batch, given, noise, regularization, temperature) -> tuple:
-        """temperature log π(a|s) - min Q(s, a), and the actions' mean log-probability.
-
-        Shapes as in critic_loss. regularization: weight of the squared mean and log std.
-        """
-        action, logprob, mean, log_std = self.act(batch["obs"], given, noise)
-        value = self.values(self.critics, batch["obs"], given, action).amin(0)
-        penalty = regularization * (mean.square().mean() + log_std.square().mean())
-        return (temperature * logprob - value).mean() + penalty, logprob.mean()
-
-    @torch.no_grad()
-    def follow(self, tau: float):
-        """targets ← (1 - τ) targets + τ critics."""
-        torch._foreach_lerp_([*self.targets.parameters()], [*self.critics.parameters()], tau)
-
-
-def apply_gradient(optimizer: torch.optim.Optimizer, loss: torch.Tensor):
-    """One step of the optimizer along its parameters' gradient, the mean over the ranks."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.zero_grad()
-    loss.backward(inputs=parameters)
-    if ranks()[1] > 1:
-        gradients = [p.grad for p in parameters]
-        mean = all_reduce(parameters_to_vector(gradients)) / ranks()[1]
-        vector_to_parameters(mean, gradients)
-    optimizer.step()
-
-
-def to_rows(batch: dict, columns) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of episodes (N, E, T, ...), the columns as rows (N, E T, W); and the rows' mask (N, E T)."""
-    parts = [batch[name] for name in columns]
-    parts = [part if part.ndim == 4 else part.unsqueeze(-1) for part in parts]
-    return torch.cat(parts, -1).flatten(1, 2), batch["mask"].flatten(1, 2)
-
-
-def from_rows(rows: torch.Tensor, columns: dict[str, int]) -> dict[str, torch.Tensor]:
-    """Rows (..., W) as columns by name, each as wide as columns says."""
-    return dict(zip(columns, rows.split([*columns.values()], -1), strict=True))
-
-
-LONG = 1000  # steps of an episode, at most, that room is made for: a limit may be far beyond
-
-
-class Replay:
-    """Per task the last `capacity` transitions, each a row of `width` numbers, on the device.
-
-    A rank keeps those of its own tasks. flag: the one that sets the capacity.
-    """
-
-    def __init__(self, num_tasks, capacity, width, device, flag: str):
-        self.capacity = capacity
-        self.flag = flag
-        self.bytes = num_tasks * capacity * width * torch.get_default_dtype().itemsize
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if device.type == "cuda":
-            memory = torch.cuda.mem_get_info(device)[0]
-        if self.bytes > memory:
-            size = f"{num_tasks} tasks need {self.bytes / 1e9:.1f} GB of {memory / 1e9:.1f} GB"
-            fail(f"{flag} {capacity}: {size}, give a smaller one")
-        self.rows = torch.zeros(num_tasks * capacity, width, device=device)
-        self.count = torch.zeros(num_tasks, dtype=torch.long, device=device)  # rows ever added
-
-    def add(self, ids: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor):
-        """Append rows (N, B, W) where mask (N, B) is 1 to the different tasks ids (N,)."""
-        most = int(mask.sum(1).max())
-        if most > self.capacity:
-            fail(f"{self.flag} {self.capacity}: less than the {most} steps of a task at once")
-        position = self.count[ids].unsqueeze(1) + mask.long().cumsum(1) - 1
-        self.rows[self.index(ids, position)[mask > 0]] = rows[mask > 0]
-        self.count[ids] += mask.long().sum(1)
-
-    def gather(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Rows (N, B, W) of the tasks ids (N,), numbered (N, B) from the first ever added."""
-        return self.rows[self.index(ids, position)]
-
-    def sample(self, ids: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
-        """n rows of each of the tasks ids (N,), with replacement: (N, n, W)."""
-        size = self.count[ids].clamp(max=self.capacity).unsqueeze(1)
-        options = {"generator": generator, "device": ids.device, "dtype": torch.float64}
-        return self.gather(ids, (torch.rand(len(ids), n, **options) * size).long())
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """The filled rows and the counts, for load."""
-        return {"rows": self.rows[self.filled()], "count": self.count}
-
-    def load(self, state: dict[str, torch.Tensor]):
-        """What state has returned."""
-        self.count.copy_(state["count"])
-        self.rows[self.filled()] = state["rows"].to(self.rows)
-
-    def index(self, ids: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        return ids.unsqueeze(1) * self.capacity + position % self.capacity
-
-    def filled(self) -> torch.Tensor:
-        """Which of rows hold a transition, (num_tasks capacity,)."""
-        size = self.count.clamp(max=self.capacity).unsqueeze(1)
-        return (torch.arange(self.capacity, device=size.device) < size).flatten()
-
-
-def reward_unit(replay: Replay, columns: dict[str, int]) -> torch.Tensor:
-    """Standard deviation of the dense rewards in all ranks' replays, at least a tenth of their
-    mean; 1 if all are 0.
-    """
-    rewards = from_rows(replay.rows[replay.filled()], columns)["dense_rewards"].double().flatten()
-    mean, std = moments(rewards)
-    unit = torch.maximum(std, mean.abs() / 10)  # or rewards that hardly vary would become large
-    return torch.where(unit > 0, unit, 1)
-
-
-# <<< shared: sac
 
 # ==================================================================================================
 # Defaults by the kind of tasks and checks of flags, which only this script has.
@@ -1790,7 +1773,7 @@ def kind_of_tasks(args: Args) -> int:
     return 2
 
 
-def by_kind(args: Args) -> Args:
+def with_defaults(args: Args) -> Args:
     """args with values for what is unset, but for what is measured."""
     sparse = args.env_id.startswith("Sparse")
     kind = kind_of_tasks(args)
@@ -1817,7 +1800,7 @@ def whole_rounds(args) -> list[int]:
     return [math.ceil(steps / length) * length for steps in phases]
 
 
-def check(envs, args):
+def check_flags(envs, args):
     """End the program if flags do not go together. Sets replay_size."""
     if isinstance(envs.single_action_space, gym.spaces.Discrete):
         fail(f"{args.env_id} has Discrete actions; pearl.py needs Box")
@@ -1842,6 +1825,8 @@ def check(envs, args):
         if getattr(args, name) > most:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: more than {what}")
 
+    if args.evaluate:
+        return
     at_first, *phases = whole_rounds(args)
     least = max(at_first, sum(phases))
     share = math.ceil(args.total_timesteps / args.num_train_tasks)
@@ -1854,7 +1839,14 @@ def check(envs, args):
         fail(f"--total-timesteps {args.total_timesteps}: {needed}")
 
 
-main = restoring(main)
+def show_recipe(experience: Experience, args):
+    """Print what was left to be chosen by the kind of tasks, and the size of the replay."""
+    values = ", ".join(f"{name} {getattr(args, name)}" for name in BY_KIND)
+    size = f"{args.replay_size} steps, {experience.replay.bytes / 1e9:.2f} GB"
+    show(values, f"replay: {len(experience.tasks)} tasks x {size}")
+
+
+main = guarded()(main)
 
 if __name__ == "__main__":
     main(parse(Args))

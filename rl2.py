@@ -13,20 +13,21 @@ h adapts, and the weights are the learning algorithm. Each iteration:
 
 (1) Draw a meta-batch of N tasks from the training distribution.
 (2) Play a trial in each. The policy sees (o_t, a_{t-1}, r_{t-1}, d_{t-1}), where d = 1 if the last
-    step ended an episode. h is reset at the start of the trial only.
+    step ended an episode (on bandits every step). h is 0 at the start of the trial only.
 (3) Estimate advantages A (GAE) on the trial as one sequence: rewards of later episodes count,
     discounted, for the actions of earlier ones. Only the end of the trial is terminal.
-(4) In minibatches of trials, run the network over each from h = 0, and back-propagate through it.
-(5) Step (Adam) on the loss of PPO: clipped surrogate, value error, entropy. Repeat (4) and (5).
+(4) For a minibatch of trials, run the network over each from h = 0, and back-propagate through it
+(5) the loss of PPO: clipped surrogate, value error, entropy. Step (Adam). Repeat (4) and (5).
 (6) Meta-test: trials on held-out tasks with fixed weights, the return of episode 1, 2, ….
 
 Train:     python rl2.py
 Resume:    python rl2.py --resume runs/NAME
 Evaluate:  python rl2.py --evaluate runs/NAME
 
-Differs from the paper in: PPO (the paper: TRPO), one recurrent net for policy and value, which is
-smaller (on TabularMDP-v0 with a layer before it and one after it), and a first iteration that only
-measures the units of observations, rewards and values. The whole list: docs/rl2.md.
+Differs from the paper in: PPO (the paper: TRPO), a smaller recurrent net, which policy and value
+share (on TabularMDP-v0 with a layer before it and one after it), and a first iteration that only
+measures the units of observations, rewards and values; those of rewards follow later. The whole
+list: docs/rl2.md.
 """
 
 from __future__ import annotations
@@ -39,13 +40,12 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 import zipfile
 import zlib
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial, wraps
+from functools import cache, partial
 from pathlib import Path
 from typing import ClassVar, Literal, NoReturn, get_args, get_type_hints
 
@@ -76,9 +76,9 @@ class Args:
     horizon: int = 0  # steps per episode at most (0: the family's own)
     num_train_tasks: int = 0  # size of a fixed set of training tasks (0: fresh draws in every iteration)
     num_test_tasks: int | None = None  # held-out tasks of the meta-test (unset: bandits, TabularMDP-v0 20,000, else 40)
-    num_eval_steps: int | None = None  # scores of a meta-test trial after the first (unset: as many as make E episodes)
-    eval_episodes: int = 1  # episodes whose mean return is one score: a trial has (num_eval_steps + 1) x eval_episodes
-    deterministic_eval: bool = False  # score with the most likely or mean action instead of sampled ones
+    num_eval_steps: int | None = None  # a meta-test's trial is scored in one part more than this (unset: E parts)
+    eval_episodes: int = 1  # episodes of such a part, whose mean return is its score
+    deterministic_eval: bool = False  # play the meta-test's trials with the most likely or mean action, throughout
     train_reward: Literal["dense", "sparse"] = "dense"  # reward of meta-training
     test_reward: Literal["dense", "sparse"] = "dense"  # reward of the meta-test
     gamma: float = 0.99  # discount per step
@@ -98,11 +98,10 @@ class Args:
     init_std: float = 1.0  # standard deviation of the actions before training, of [-1, 1]
     separate_value: bool = False  # a recurrent layer of its own for the value (better on HalfCheetahVel-v0, and slower)
     gae_lambda: float | None = None  # λ of GAE (unset: bandits and TabularMDP-v0 the paper's 0.3, else 0.95)
-    normalize_advantage: bool = True  # standardise A over an iteration's steps (off: divide by the unit of values)
     learning_rate: float = 2e-3  # step size of Adam
     update_epochs: int = 4  # passes over an iteration's trials
     num_minibatches: int = 8  # minibatches, of whole trials, per pass
-    clip_coef: float = 0.2  # ε, the surrogate's gradient stops where the ratio leaves 1 ± ε to its advantage
+    clip_coef: float = 0.2  # ε: ratios are clipped to 1 ± ε where that lowers the surrogate
     ent_coef: float = 0.01  # weight of the entropy, which is maximised
     anneal: bool = False  # let learning_rate and ent_coef fall linearly, to 0 at total_timesteps
     vf_coef: float = 0.5  # weight of the value error
@@ -132,16 +131,16 @@ class Memory(nn.Module):
             self.embedding = nn.Sequential(nn.Linear(input_size, size), nn.ReLU())
             self.reader = nn.Sequential(nn.Linear(args.hidden_size + input_size, size), nn.ReLU())
 
-    def initialise(self, norm: int, trial_length: int):
-        """Weights that let what is seen into the state, and keep it there; norm: |input|², about.
+    def initialise(self, mean_square: int, trial_length: int):
+        """Weights that let inputs into the state, and keep it there; mean_square: of |input|.
 
         The inputs' share of each gate has variance 1, with an embedding 2. The units' memories
         reach from one step to trial_length (Tallec and Ollivier 2018, arXiv 1804.11188).
         """
         if self.embedding:  # its outputs have a mean square of 2
-            nn.init.normal_(self.embedding[0].weight, std=2 * norm**-0.5)
-            norm = self.gru.input_size
-        nn.init.normal_(self.gru.weight_ih_l0, std=norm**-0.5)
+            nn.init.normal_(self.embedding[0].weight, std=2 * mean_square**-0.5)
+            mean_square = self.gru.input_size
+        nn.init.normal_(self.gru.weight_ih_l0, std=mean_square**-0.5)
         for gate in self.gru.weight_hh_l0.detach().chunk(3):
             nn.init.orthogonal_(gate)
         nn.init.zeros_(self.gru.bias_ih_l0)
@@ -159,9 +158,9 @@ class Memory(nn.Module):
 class Agent(nn.Module):
     """A recurrent net with a linear policy and value on top; with --separate-value two such nets.
 
-    An input, of X numbers, is (o_t, a_{t-1}, r_{t-1}, d_{t-1}), for an embedding o_{t-1} too, the
-    last step as a whole. The state is (1, N, H), of two nets (2, N, H). dist_params are, Box: mean
-    and log std, D = 2A, the log std independent of the input; Discrete: n logits.
+    An input, of X numbers, is o_t and the feedback of the last step: a_{t-1}, r_{t-1}, d_{t-1}, and
+    for an embedding o_{t-1} too. The state is (1, N, H), of two nets (2, N, H). dist_params are,
+    Box: mean and log std, D = 2A, the log std independent of the input; Discrete: n logits.
     """
 
     def __init__(self, obs_size: int, action_space: gym.Space, trial_length: int, args: Args):
@@ -171,62 +170,57 @@ class Agent(nn.Module):
         self.last_obs_size = obs_size if args.embedding_size else 0  # of o_{t-1}
         self.feedback_size = self.action_size + 2 + self.last_obs_size
         input_size = obs_size + self.feedback_size
-        self.memory = Memory(input_size, args)
-        self.value_memory = Memory(input_size, args) if args.separate_value else None
+        nets = [Memory(input_size, args) for _ in range(1 + args.separate_value)]
+        self.memories = nn.ModuleList(nets)  # the policy's, and the value's if it has its own
         self.actor = nn.Linear(args.embedding_size or args.hidden_size, self.action_size)
         self.critic = nn.Linear(args.embedding_size or args.hidden_size, 1)
-        norm = input_size - (self.action_size - 1 if self.discrete else 0)  # that of one-hot is 1
-        self.memory.initialise(norm, trial_length)
-        if self.value_memory:
-            self.value_memory.initialise(norm, trial_length)
+        mean_square = input_size - (self.action_size - 1 if self.discrete else 0)  # one-hot: 1
+        for memory in self.memories:
+            memory.initialise(mean_square, trial_length)
         nn.init.orthogonal_(self.actor.weight, 0.01)
         nn.init.zeros_(self.actor.bias)
         if not self.discrete:
             self.log_std = nn.Parameter(torch.full((self.action_size,), math.log(args.init_std)))
-        # units, which main measures; until then observations and rewards are 0 in an input
+        # main measures these; until then observations and rewards are 0 in an input, as std is inf
         self.obs_units = Units(obs_size)
         self.reward_units = Units()
         self.value_units = Units()
         self.value_units.std.fill_(1)
 
     def initial_state(self, n: int) -> torch.Tensor:
-        nets = 2 if self.value_memory else 1
-        return self.actor.weight.new_zeros(nets, n, self.memory.gru.hidden_size)
+        return self.critic.weight.new_zeros(len(self.memories), n, self.memories[0].gru.hidden_size)
 
     def feedback(self, inputs, actions, rewards, episode_over) -> torch.Tensor:
-        """What the next input tells of this step: a (one-hot, or clipped), r, d and perhaps o."""
+        """(2) What the next input tells of this step: a (one-hot, or clipped), r, d, perhaps o."""
         if self.discrete:
             choices = torch.arange(self.action_size, device=actions.device)
             actions = (actions.unsqueeze(1) == choices).to(rewards)
         rewards = self.reward_units(rewards)
-        obs = inputs[:, : self.last_obs_size]
+        obs = inputs[:, : self.last_obs_size]  # an input begins with it
         return torch.cat([actions.clamp(-1, 1), rewards[:, None], episode_over[:, None], obs], -1)
 
     def forward(self, inputs: torch.Tensor, state: torch.Tensor):
         """inputs (N, S, X), state before -> dist_params (N, S, D), values (N, S), state after."""
-        features, after = self.memory(inputs, state[:1])
-        value_features = features
-        if self.value_memory:
-            value_features, value_after = self.value_memory(inputs, state[1:])
-            after = torch.cat([after, value_after])
-        values = self.critic(value_features).squeeze(-1)
+        pairs = [memory(inputs, h) for memory, h in zip(self.memories, state.split(1), strict=True)]
+        features, after = zip(*pairs, strict=True)
+        values = self.critic(features[-1]).squeeze(-1)
         values = values * self.value_units.std + self.value_units.mean
-        dist_params = self.actor(features)
+        dist_params = self.actor(features[0])
         if not self.discrete:
             dist_params = torch.cat([dist_params, self.log_std.expand_as(dist_params)], -1)
-        return dist_params, values, after
+        return dist_params, values, torch.cat(after)
 
 
 # ---------------------------------------------------------------------------------- the algorithm
 
 
-def act(agent, memory, obs, noise) -> tuple[dict, torch.Tensor]:
+def act(agent, carry, obs, noise) -> tuple[dict, torch.Tensor]:
     """A step of the policy in all lanes, and the network's state after it.
 
-    memory: the state before (1, N, H), and feedback of the last step (N, F); noise (N, A).
+    carry: the state before (1, N, H), and feedback of the last step (N, F); noise (N, A).
     """
-    state, feedback = memory
-    inputs = torch.cat([agent.obs_units(obs), feedback], -1)
+    state, feedback = carry
+    inputs = torch.cat([agent.obs_units(obs), feedback], -1)  # (2) o_t, a_{t-1}, r_{t-1}, d_{t-1}
     dist_params, values, state = agent(inputs.unsqueeze(1), state)
     actions = draw_actions(dist_params[:, 0], noise, agent.discrete)
     logprobs = distribution(dist_params[:, 0], agent.discrete).log_prob(actions)
@@ -234,42 +228,12 @@ def act(agent, memory, obs, noise) -> tuple[dict, torch.Tensor]:
     return step | {"logprobs": logprobs, "values": values[:, 0]}, state
 
 
-def remember(agent, memory, state, step, alive, episode_over) -> tuple:
-    """memory before the next step, also of a new episode; a lane that waits keeps what it had."""
+def remember(agent, carry, state, step, alive, episode_over) -> tuple:
+    """carry before the next step, also of a new episode; a lane that waits keeps what it had."""
+    state_before, feedback_before = carry
     feedback = agent.feedback(step["inputs"], step["actions"], step["rewards"], episode_over)
     alive = alive.unsqueeze(1)
-    return torch.where(alive, state, memory[0]), torch.where(alive, feedback, memory[1])
-
-
-@torch.no_grad()
-def play_episode(agent, lanes, noise, ends, envs, reward, args) -> tuple[tuple, dict]:
-    """Steps of an episode in all lanes, one for each of noise (N, T, A), or until none lives.
-
-    lanes: memory (see act), obs (N, O), alive (N,), and the tensors in which a family on the device
-    keeps its state; ends (T,): 1 where the agent is told that the episode is over; reward: rewards
-    or sparse_reward. Returns lanes after the steps, and the steps.
-    """
-    memory, obs, alive, tasks_state = lanes
-    vars(envs).update(tasks_state)
-    on_device = obs.is_cuda and envs.on_device  # all of this is a graph; else two of each step are
-    choose, tell = (act, remember) if on_device else (graphed(f, args) for f in (act, remember))
-    steps = []
-    for t in range(noise.shape[1]):
-        step, state = choose(agent, memory, obs, noise[:, t])
-        next_obs, rewards, terminated, truncated, info = step_lanes(envs, step["actions"])
-        rewards = {"rewards": rewards, **info}.get(reward, torch.zeros_like(rewards))
-        step |= {"rewards": rewards, "next_obs": next_obs, "mask": alive, **info}
-        steps.append(step)
-        over = terminated | truncated
-        told = {name: step[name] for name in ("inputs", "actions", "rewards")}
-        memory = tell(agent, memory, state, told, alive, torch.where(over, 1, ends[t]))
-        obs = next_obs
-        alive = alive & ~over
-        if not on_device and not alive.any():
-            break
-    length = noise.shape[1] if obs.is_cuda else 0  # graphs are of one shape
-    lanes = memory, obs, alive, {name: vars(envs)[name] for name in tasks_state}
-    return lanes, stack_steps(steps, length)
+    return torch.where(alive, state, state_before), torch.where(alive, feedback, feedback_before)
 
 
 @torch.no_grad()
@@ -284,54 +248,34 @@ def collect(agent, tasks, key, args, test=False, deterministic=False) -> tuple[d
     return, success   (N, E)     scores of the episodes; success at any step, if tasks report it
     """
     n = len(tasks)
-    envs = make_envs(args.env_id, n)
     episodes = (args.num_eval_steps + 1) * args.eval_episodes if test else args.episodes_per_task
-    sparse = (args.test_reward if test else args.train_reward) == "sparse"
-    reward = "sparse_reward" if sparse else "rewards"
+    reward = args.test_reward if test else args.train_reward
     generator = keyed_generator(args, *key)
     state = agent.initial_state(n)
-    memory = state, state.new_zeros(n, agent.feedback_size)
-    some_steps = graphed(play_episode, args) if envs.on_device else play_episode
-    placed = tasks  # once, not for every episode
-    if envs.on_device:
-        placed = torch.as_tensor(tasks, dtype=state.dtype, device=state.device)
-    blocks = []
-    scores = {"return": state.new_zeros(n, episodes)}
-    for episode in range(episodes):
-        obs = reset_lanes(envs, placed, generator)
-        require_finite({"next_obs": obs.unsqueeze(1)}, tasks, -1, args)
-        alive = torch.ones(n, dtype=torch.bool, device=obs.device)
-        tasks_state = {name: x for name, x in vars(envs).items() if torch.is_tensor(x)}
-        for first in range(0, args.horizon, 100):
-            t = torch.arange(first, min(first + 100, args.horizon), device=obs.device)
-            noise = draw_noise(envs.single_action_space, (n, len(t)), generator, deterministic)
-            ends = (t + 1 == args.horizon) | getattr(envs, "ends_every_step", False)
-            lanes = memory, obs, alive, tasks_state
-            lanes, rows = some_steps(agent, lanes, noise, ends.to(obs), envs, reward, args)
-            memory, obs, alive, tasks_state = lanes
-            require_finite(rows, tasks, first, args)
-            scores["return"][:, episode] += rows["rewards"].sum(1)
-            if "success" in rows:
-                hits = scores.setdefault("success", state.new_zeros(n, episodes))[:, episode]
-                torch.maximum(hits, rows["success"].amax(1), out=hits)
-            blocks.append(rows)
-            if not alive.any():
-                break
-    names = ("obs", "inputs", "actions", "logprobs", "values", "rewards", "mask")
-    batch = {name: torch.cat([rows[name] for rows in blocks], 1) for name in names}
+    carry = state, state.new_zeros(n, agent.feedback_size)
+    on_device = make_envs(args.env_id, n).on_device
+    placed = torch.as_tensor(tasks).to(state) if on_device else tasks  # once, not for every episode
+    played = []
+    for _ in range(episodes):
+        carry, rows = play_episode(agent, carry, placed, generator, reward, deterministic, args)
+        played.append(rows)
 
-    # cut the waiting out: first what was played, in its order, then what pads to the longest trial
-    order = batch["mask"].sort(dim=1, descending=True, stable=True).indices
-    if not args.cuda:  # graphs are of one shape
-        order = order[:, : int(batch["mask"].sum(1).max())]
-    batch = {name: x[torch.arange(n, device=x.device)[:, None], order] for name, x in batch.items()}
-    return batch, scores
+    scores = {"return": torch.stack([rows["rewards"].sum(1) for rows in played], 1)}
+    batch = join_blocks(played)
+    if "success" in batch:
+        hits = [rows.get("success", torch.zeros_like(rows["rewards"])) for rows in played]
+        scores["success"] = torch.stack([x.amax(1) for x in hits], 1)
+    names = ("obs", "inputs", "actions", "logprobs", "values", "rewards", "mask")
+    return without_waiting({name: batch[name] for name in names}, args), scores
 
 
 def ppo_loss(agent, batch, count, ent_coef, args) -> tuple[torch.Tensor, dict]:
-    """(4), (5) The loss, and its parts to log: sums over a minibatch's steps, divided by count."""
+    """The loss, and its parts to log: sums over a minibatch's steps, divided by count."""
+    # (4) the network over whole trials, from h = 0
     dist_params, values, _ = agent(batch["inputs"], agent.initial_state(len(batch["mask"])))
     policy = distribution(dist_params, agent.discrete)
+
+    # (5) PPO
     logratio = (policy.log_prob(batch["actions"]) - batch["logprobs"]) * batch["mask"]
     ratio = logratio.exp()
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
@@ -349,9 +293,10 @@ def ppo_loss(agent, batch, count, ent_coef, args) -> tuple[torch.Tensor, dict]:
 
 
 def ppo_steps(agent, optimizer, batch, orders, ent_coef, args) -> tuple[dict, torch.Tensor]:
-    """(4), (5) Steps on minibatches of all ranks' trials, which orders (epochs, N) deals out.
+    """(4), (5) A step of Adam per minibatch of trials; orders (epochs, N) permute a rank's trials.
 
-    Returns the means of the loss's parts, and the sum of the gradients' norms.
+    Sums are over all ranks. Returns the means of the loss's parts, and the sum of the gradients'
+    norms.
     """
     logged = []
     norms = 0
@@ -372,16 +317,16 @@ def ppo_steps(agent, optimizer, batch, orders, ent_coef, args) -> tuple[dict, to
     return means, norms
 
 
-def update(agent, optimizer, batch, key, left, args) -> dict[str, float]:
-    """(4), (5) PPO; left: factor on step size and weight of the entropy. Returns losses/*."""
+def update(agent, optimizer, batch, key, remaining, args) -> dict[str, float]:
+    """(4), (5) PPO; remaining: factor on step size and weight of the entropy. Returns losses/*."""
     generator = keyed_generator(args, *key)
     device = generator.device
     n = len(batch["mask"])
     orders = [
         torch.randperm(n, generator=generator, device=device) for _ in range(args.update_epochs)
     ]
-    optimizer.param_groups[0]["lr"].fill_(left * args.learning_rate)
-    ent_coef = torch.full((), left * args.ent_coef, device=device)
+    optimizer.param_groups[0]["lr"].fill_(remaining * args.learning_rate)
+    ent_coef = torch.full((), remaining * args.ent_coef, device=device)
     used = ("inputs", "actions", "logprobs", "advantages", "returns", "mask")
     batch = {name: batch[name] for name in used}
     steps = graphed(ppo_steps, args)
@@ -392,7 +337,7 @@ def update(agent, optimizer, batch, key, left, args) -> dict[str, float]:
 
 
 def follow(units, rewards, mask):
-    """Move the units a tenth of the way to those of rewards (N, S) that lie a deviation off.
+    """If rewards (N, S) have left the units by a std, move those a tenth of the way to theirs.
 
     Training raises rewards, and in units far below them they could not be told apart.
     """
@@ -405,13 +350,15 @@ def follow(units, rewards, mask):
 def evaluate(agent, tasks, args) -> tuple[dict, dict]:
     """(6) Meta-test on tasks (M, K): a trial in each, in num_eval_steps + 1 equal parts.
 
-    Returns {"return": (num_eval_steps + 1, M), ...}, means over a part's episodes, numbers of whole
-    trials (M,), and the first tasks' trials. Draws depend on the seed alone.
+    Returns {"return": (num_eval_steps + 1, M), ...}, means over a part's episodes, trial_return,
+    improvement and regret (M,) of whole trials; and the first tasks' trials. Every meta-test makes
+    the same draws.
     """
     parts = args.num_eval_steps + 1
     scores = [[] for _ in range(parts)]
     for first in progress(range(0, len(tasks), args.meta_batch_size), args):
-        group = tasks[np.arange(first, first + args.meta_batch_size) % len(tasks)]  # wraps around
+        # the last group is filled up from the first tasks: one shape for all
+        group = tasks[np.arange(first, first + args.meta_batch_size) % len(tasks)]
         play = partial(collect, agent, group, ("eval", first), args, test=True)
         batch, played = play(deterministic=args.deterministic_eval)
         if first == 0:
@@ -420,15 +367,7 @@ def evaluate(agent, tasks, args) -> tuple[dict, dict]:
             played |= {f"sampled_{name}": x for name, x in play()[1].items()}
         for k in range(parts):
             scores[k].append({name: x.chunk(parts, 1)[k].mean(1) for name, x in played.items()})
-    scores = stack_scores(scores, len(tasks))
-
-    scores["trial_return"] = args.eval_episodes * scores["return"].sum(0)
-    if parts > 1:
-        scores["improvement"] = scores["return"][-1] - scores["return"][0]
-    if isinstance(make_envs(args.env_id), BanditEnvs):
-        pulls = args.horizon * parts * args.eval_episodes
-        scores["regret"] = pulls * tasks.max(1) - scores["trial_return"]  # to the best arm
-    return scores, trials
+    return with_trials(stack_scores(scores, len(tasks)), tasks, args), trials
 
 
 def main(args: Args) -> dict[str, float]:
@@ -461,7 +400,7 @@ def main(args: Args) -> dict[str, float]:
             run.lap("collect")
 
             losses = {}
-            if run.iteration == 1:  # its trials are for the units alone
+            if run.iteration == 1:  # no update yet: its trials only set the units
                 returns = discounted_sum(batch["rewards"], args.gamma)
                 agent.obs_units.measure(batch["obs"], batch["mask"])
                 agent.reward_units.measure(batch["rewards"], batch["mask"])
@@ -470,15 +409,13 @@ def main(args: Args) -> dict[str, float]:
                 # (3) advantages over the whole trial
                 rewards, values = batch["rewards"], batch["values"]
                 advantages = gae(rewards, values, batch["mask"], args.gamma, args.gae_lambda)
-                mean, std = 0, agent.value_units.std
-                if args.normalize_advantage:
-                    mean, std = spread(advantages, batch["mask"])
+                mean, std = spread(advantages, batch["mask"])
                 batch["advantages"] = (advantages - mean) / std
                 batch["returns"] = advantages + values
 
                 # (4), (5) PPO
-                left = 1 - run.global_step / args.total_timesteps if args.anneal else 1
-                losses = update(agent, optimizer, batch, run.key("minibatches"), left, args)
+                remaining = 1 - run.global_step / args.total_timesteps if args.anneal else 1
+                losses = update(agent, optimizer, batch, run.key("minibatches"), remaining, args)
                 follow(agent.reward_units, batch["rewards"], batch["mask"])
             run.lap("update")
 
@@ -503,9 +440,145 @@ def main(args: Args) -> dict[str, float]:
 
 
 # ==================================================================================================
-# From here on: blocks shared with the other scripts, the same bytes in each.
+# From here on: blocks shared with other scripts, the same bytes in each. First what belongs to the
+# algorithm, then what surrounds it: rollout, tasks, graphs, run.
 # ==================================================================================================
 
+# >>> shared: actions
+
+
+class Choice(Categorical):
+    """Categorical in fewer operations, and without gather, whose gradient is slow on a GPU if it is
+    to be deterministic.
+    """
+
+    def log_prob(self, value):
+        choices = torch.arange(self.logits.shape[-1], device=value.device)
+        return torch.where(value.unsqueeze(-1) == choices, self.logits, 0).sum(-1)
+
+    def entropy(self):
+        return -(self.probs * self.logits).sum(-1)
+
+
+def distribution(dist_params: torch.Tensor, discrete=False) -> Choice | Independent:
+    """Of mean and log std (..., 2A), or of logits (..., n); log_prob and KL are sums over A."""
+    if discrete:
+        return Choice(logits=dist_params, validate_args=False)
+    mean, log_std = dist_params.chunk(2, -1)
+    return Independent(Normal(mean, log_std.exp(), validate_args=False), 1)
+
+
+def draw_actions(dist_params: torch.Tensor, noise: torch.Tensor, discrete=False) -> torch.Tensor:
+    """Actions (..., A), or (...); noise (..., A): normal, for logits Gumbel, 0 for mean or mode."""
+    if discrete:
+        return (dist_params + noise).argmax(-1)  # Gumbel noise makes it a draw from the softmax
+    mean, log_std = dist_params.chunk(2, -1)
+    return mean + log_std.exp() * noise
+
+
+def probability_ratio(dist_params: torch.Tensor, batch: dict, discrete=False) -> torch.Tensor:
+    """π(a|o) / π_old(a|o) of the actions of a batch; 1 where the mask is 0."""
+    logprobs = distribution(dist_params, discrete).log_prob(batch["actions"])
+    return torch.exp((logprobs - batch["logprobs"]) * batch["mask"])
+
+
+def tasks_at_once(obs: torch.Tensor) -> int | None:
+    """How many of the tasks of obs (N, E, T, O) vmap takes at a time: 8000 steps suit a cache."""
+    return None if obs.is_cuda else max(1, 8000 // math.prod(obs.shape[1:-1]))
+
+
+# <<< shared: actions
+# >>> shared: advantages
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor, dim=None, keepdim=False) -> torch.Tensor:
+    """Mean of x where mask is 1, over dim or everything."""
+    return (x * mask).sum(dim, keepdim) / mask.sum(dim, keepdim)
+
+
+def discounted_sum(x: torch.Tensor, discount: float) -> torch.Tensor:
+    """y_t = Σ_{s ≥ t} discount^(s-t) x_s along the last axis, by a triangular matrix, whose product
+    is in double precision, as TF32 would be too coarse.
+    """
+    steps = torch.arange(x.shape[-1], device=x.device)
+    ahead = steps[:, None] - steps  # (s, t)
+    weights = torch.where(ahead >= 0, discount ** ahead.clamp(min=0).double(), 0)
+    return (x.double() @ weights).to(x.dtype)
+
+
+def gae(rewards, values, mask, gamma: float, gae_lambda: float) -> torch.Tensor:
+    """Generalised advantage estimates (..., T); after an episode's last step, one that a time limit
+    ends included, the value is 0.
+    """
+    values = values * mask
+    next_values = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
+    return discounted_sum((rewards + gamma * next_values - values) * mask, gamma * gae_lambda)
+
+
+# <<< shared: advantages
+# >>> shared: adam
+
+
+def adam(parameters, lr: float, args, saved: dict | None = None, eps=1e-8) -> torch.optim.Adam:
+    """Adam in a form that a graph can hold: step sizes are tensors, to be filled.
+
+    parameters: these, or groups. saved: the state_dict of a checkpoint, of whatever device.
+    """
+    optimizer = torch.optim.Adam(parameters, lr, eps=eps, fused=True, capturable=args.cuda)
+    if saved:
+        optimizer.load_state_dict(saved)
+    for group in optimizer.param_groups:
+        lr = torch.as_tensor(group["lr"], dtype=torch.float32)
+        group |= {"lr": lr.to(device_of(args)), "capturable": args.cuda}
+    return optimizer
+
+
+# <<< shared: adam
+# >>> shared: moments
+
+
+def moments(x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """Mean and standard deviation (...) of x (*mask.shape, ...) where mask is 1, over all ranks;
+    without a mask, of the rows of x (B, ...).
+    """
+    mask = x.new_ones(len(x)) if mask is None else mask
+    dims = tuple(range(mask.ndim))
+    weight = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
+    count = all_reduce(mask.sum())
+    mean = all_reduce((x * weight).sum(dims)) / count
+    variance = all_reduce(((x - mean) ** 2 * weight).sum(dims)) / count
+    return mean, variance.sqrt()
+
+
+# <<< shared: moments
+# >>> shared: units
+
+
+def spread(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """moments, but a standard deviation of 1 for what varies by no more than rounding."""
+    mean, std = moments(x, mask)
+    return mean, torch.where(std > 1e-5 * mean.abs(), std, 1)
+
+
+class Units(nn.Module):
+    """x (..., *shape) less its mean, over its standard deviation, within ±10; 0 until measured."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.full(shape, torch.inf))
+
+    def measure(self, x: torch.Tensor, mask: torch.Tensor | None = None):
+        """Those of x (*mask.shape, *shape) become the units; mask: see moments."""
+        mean, std = spread(x, mask)
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x - self.mean) / self.std).clamp(-10, 10)
+
+
+# <<< shared: units
 # >>> shared: tasks
 
 POINT_FAMILIES = ["PointRobot-v0", "SparsePointRobot-v0", "Navigation2D-v0"]
@@ -601,25 +674,22 @@ class UserEnvs(gym.vector.VectorEnv):
         for method in ("sample_tasks", "set_task"):
             if not callable(self.of_env(method)):
                 fail(f"{env_id} is no family of tasks: it has no method {method} (docs/tasks.md)")
-        self.native_obs = self.envs[0].observation_space
-        self.native = self.envs[0].action_space
-        if not getattr(self.native_obs, "is_np_flattenable", False):
-            fail(f"{env_id} has observations that no vector holds: {self.native_obs}")
-        if self.native_obs.dtype == np.uint8 and len(self.native_obs.shape) == 3:
-            fail(f"{env_id} has images as observations, {self.native_obs}; vectors are supported")
-        if math.prod(getattr(self.native, "shape", None) or ()) == 0:
-            fail(f"{env_id} has no actions: {self.native}")
-        if not isinstance(self.native, gym.spaces.Box | gym.spaces.Discrete):
-            kind = type(self.native).__name__
-            fail(f"{env_id} has {kind} actions; Box and Discrete are supported")
+        obs = self.native_obs = self.envs[0].observation_space
+        flat = getattr(obs, "is_np_flattenable", False)
+        if not flat or (obs.dtype == np.uint8 and len(obs.shape) == 3):  # images
+            fail(f"{env_id} has observations {obs}; vectors are supported")
+        self.single_observation_space = gym.spaces.flatten_space(obs)
+        self.native = self.single_action_space = self.envs[0].action_space
         self.discrete = isinstance(self.native, gym.spaces.Discrete)
-        size = math.prod(self.native.shape)
-        self.single_observation_space = gym.spaces.flatten_space(self.native_obs)
-        self.single_action_space = (
-            self.native if self.discrete else gym.spaces.Box(-1, 1, (size,), np.float64)
-        )
+        if not self.discrete:
+            size = math.prod(self.native.shape) if isinstance(self.native, gym.spaces.Box) else 0
+            if size == 0:
+                fail(f"{env_id} has actions {self.native}; Box and Discrete are supported")
+            self.single_action_space = gym.spaces.Box(-1, 1, (size,), np.float64)
         self.horizon = self.envs[0].spec.max_episode_steps or 0
         self.num_modes = self.of_env("num_modes") or 0
+        if self.of_env("sample_test_tasks"):
+            self.sample_test_tasks = partial(self.sample_tasks, method="sample_test_tasks")
 
     def of_env(self, name: str, lane: int = 0):
         """An attribute of a lane's environment or of its wrappers; None if there is none."""
@@ -629,29 +699,20 @@ class UserEnvs(gym.vector.VectorEnv):
     def sample_tasks(self, n: int, rng, method: str = "sample_tasks") -> np.ndarray:
         self.envs[0].unwrapped.np_random = rng
         tasks = self.of_env(method)(n)
-        try:
+        with suppress(ValueError):  # rows of several lengths
             array = np.asarray(tasks)
-        except ValueError:  # rows of several lengths
-            array = np.asarray(None)
-        if array.shape[:1] != (n,) or array.dtype.kind not in "biuf" or not array.size:
-            came = f"{array.dtype} {array.shape}" if array.ndim else type(tasks).__name__
-            fail(f"{self.env_id}: {method}({n}) must return {n} rows of numbers, not {came}")
-        if not np.isfinite(array).all():
-            fail(f"{self.env_id}: {method}({n}) returned tasks that are not finite")
-        return array
-
-    def sample_test_tasks(self, n: int, rng: np.random.Generator) -> np.ndarray:
-        own = self.of_env("sample_test_tasks")
-        return self.sample_tasks(n, rng, "sample_test_tasks" if own else "sample_tasks")
+            numbers = array.dtype.kind in "biuf" and np.isfinite(array).all()
+            if numbers and array.size and array.shape[:1] == (n,):
+                return array
+        fail(f"{self.env_id}: {method}({n}) must return {n} rows of numbers, all of them finite")
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         seeds = np.random.default_rng(seed).integers(2**31, size=self.num_envs)
         self.obs = np.zeros((self.num_envs, *self.single_observation_space.shape))
         self.terminated = np.zeros(self.num_envs, bool)
         self.truncated = np.zeros(self.num_envs, bool)
-        for i, task in enumerate(options["task"]):
-            self.of_env("set_task", i)(task)
         for i, env in enumerate(self.envs):
+            self.of_env("set_task", i)(options["task"][i])
             told = env.reset(seed=int(seeds[i]))
             if not isinstance(told, tuple) or len(told) != 2:
                 fail(f"{self.env_id}: reset must return obs and info, not {told!r:.80}")
@@ -704,15 +765,11 @@ class UserEnvs(gym.vector.VectorEnv):
 
     def _flat(self, method: str, obs) -> np.ndarray:
         """An observation as a vector; ends the program if it is none of its space."""
-        try:
+        with suppress(AttributeError, IndexError, KeyError, TypeError, ValueError):
             flat = gym.spaces.flatten(self.native_obs, obs)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            flat = np.empty(0)
-        if np.shape(flat) != self.single_observation_space.shape or flat.dtype.kind not in "biuf":
-            fail(
-                f"{self.env_id}: {method} returned {obs!r:.80}, no observation in {self.native_obs}"
-            )
-        return flat
+            if flat.shape == self.single_observation_space.shape:
+                return flat
+        fail(f"{self.env_id}: {method} returned {obs!r:.80}, no observation in {self.native_obs}")
 
     def _number(self, name: str, value) -> float:
         number = np.asarray(value)
@@ -781,8 +838,7 @@ def make_tasks(args) -> tuple[gym.vector.VectorEnv, np.ndarray, np.ndarray]:
         nothing = torch.as_tensor(np.zeros((1, *space.shape), space.dtype))
         info = step_lanes(envs, nothing.to(generator.device))[4]
         if sparse and "sparse_reward" not in info:
-            dense = "give --train-reward dense --test-reward dense"
-            fail(f"{args.env_id} reports no sparse reward: {dense}")
+            fail(f"{args.env_id} reports no sparse reward: try --train-reward, --test-reward dense")
     return envs, train, test
 
 
@@ -794,6 +850,8 @@ def require_memory(envs, args):
     needed["--hidden-size"] = 16 * args.hidden_size**2
     needed["--num-test-tasks"] = 8 * args.num_test_tasks
     needed["--num-train-tasks"] = 8 * args.num_train_tasks
+    if not hasattr(os, "sysconf"):  # on Windows
+        return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for flags, size in needed.items():
         if size > memory:
@@ -833,9 +891,7 @@ def step_lanes(envs, actions: torch.Tensor) -> tuple:
     if envs.on_device:
         *told, info = envs.step(actions)
         return *told, {x: info[x] for x in names if x in info}
-    chosen = actions.cpu().numpy()
-    if not np.isfinite(chosen).all():
-        chosen = np.nan_to_num(chosen, posinf=0, neginf=0)
+    chosen = np.nan_to_num(actions.cpu().numpy(), posinf=0, neginf=0)
     obs, rewards, terminated, truncated, info = envs.step(chosen)
     names = [name for name in names if name in info]
     columns = [obs, rewards, terminated, truncated, *(info[name] for name in names)]
@@ -872,6 +928,15 @@ def stack_steps(steps: list[dict], length: int = 0) -> dict:
     return rows
 
 
+def join_blocks(blocks: list[dict]) -> dict:
+    """Blocks of steps, (B, T, ...) by name, one after the other; 0 where a block lacks a name."""
+    joined = {}
+    for name in {name: x for rows in blocks for name, x in rows.items()}:
+        parts = [rows.get(name, torch.zeros_like(rows["rewards"])) for rows in blocks]
+        joined[name] = torch.cat(parts, 1)
+    return joined
+
+
 def require_finite(rows: dict, tasks: np.ndarray, first: int, args):
     """End the program if in steps (B, T, ...), from step first on, something is not finite.
 
@@ -880,15 +945,13 @@ def require_finite(rows: dict, tasks: np.ndarray, first: int, args):
     if math.isfinite(sum(x.sum() for x in rows.values())):
         return
     names = {"next_obs": "observation", "rewards": "reward", "sparse_reward": "sparse reward"}
-    for t in range(next(iter(rows.values())).shape[1]):
-        for name, column in rows.items():
-            bad = ~column[:, t].isfinite().reshape(len(tasks), -1).all(1)
-            if bad.any() and name in ("actions", "values"):
-                fail(f"the policy has diverged, its {name} are not finite: try smaller step sizes")
-            if bad.any():
-                lane = int(bad.int().argmax())
-                where = f"in lane {lane}, step {first + t}, task {tasks[lane]}"
-                fail(f"{args.env_id}: {names.get(name, name)} is not finite {where}")
+    bad = [~x.isfinite().reshape(*x.shape[:2], -1).all(2) for x in rows.values()]
+    for t, column, lane in torch.stack(bad).permute(2, 0, 1).nonzero().tolist():  # the first step's
+        name = [*rows][column]
+        if name in ("actions", "values"):
+            fail(f"the policy has diverged, its {name} are not finite: try smaller step sizes")
+        where = f"in lane {lane}, step {first + t}, task {tasks[lane]}"
+        fail(f"{args.env_id}: {names.get(name, name)} is not finite {where}")
 
 
 # <<< shared: tasks
@@ -959,7 +1022,7 @@ def capture(function, inputs) -> tuple:
 # <<< shared: graphs
 # >>> shared: run
 
-FORMAT = 5  # of checkpoints; commit 663dc29 reads 4, 3629d7c 3, e70b381 2, 2d14005 unnumbered
+FORMAT = 6  # of checkpoints; commit c7abba7 reads 5, 663dc29 4, 3629d7c 3, e70b381 2
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "cudagraphs", "tf32", "num_threads"}
 MAY_CHANGE |= {"eval_every", "checkpoint_every", "track"}
 
@@ -1061,6 +1124,8 @@ def parse(args_class, argv: list[str] | None = None):
             where = f"{saved.env_id} is not beside the script, nor installed; if it is"
             fail(f"{where} in the working folder, give --env-id {saved.env_id} too")
         show(f"tasks of {folder} come from {found.origin}")
+    if "--env-id" in given and args.env_id != saved.env_id:
+        saved = replace(saved, horizon=0)  # that of the other family
     args = tyro.cli(args_class, args=argv, default=saved)
     args.from_parse = True
     return args
@@ -1075,6 +1140,8 @@ def saved_args(args, checkpoint: dict):
     saved = type(args)(**checkpoint["args"])
     if not getattr(args, "from_parse", False):
         given = {name: x for name, x in asdict(args).items() if x != getattr(type(args), name)}
+        if given.get("env_id", saved.env_id) != saved.env_id:
+            given = {"horizon": 0} | given  # that of the other family
         args = replace(saved, **given | {"cuda": args.cuda})  # which is about this machine
     for name in asdict(saved).keys() - MAY_CHANGE if args.resume else ():
         if getattr(args, name) != getattr(saved, name):
@@ -1145,32 +1212,24 @@ def cores() -> int:
     return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def restoring(main):
-    """main, which leaves torch's settings as they were, and in which sys.exit(0) is an error."""
-
-    @wraps(main)
-    def call(args):
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        threads = torch.get_num_threads()
-        holders = [(torch.utils.deterministic, "fill_uninitialized_memory")]
-        holders += [
-            (torch.backends.cuda.matmul, "allow_tf32"),
-            (torch.backends.cudnn, "allow_tf32"),
-        ]
-        before = {holder: getattr(*holder) for holder in holders}
-        try:
-            return main(args)
-        except SystemExit as error:
-            if error.code:
-                raise
-            fail("the environment has called sys.exit()")
-        finally:
-            torch.use_deterministic_algorithms(deterministic)
-            torch.set_num_threads(threads)
-            for holder, value in before.items():
-                setattr(*holder, value)
-
-    return call
+@contextmanager
+def guarded():
+    """Leaves torch's settings as they were; in it sys.exit(0) is an error."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    threads = torch.get_num_threads()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    except SystemExit as error:
+        if error.code:
+            raise
+        fail("the environment has called sys.exit()")
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        torch.set_num_threads(threads)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
 
 
 def join_ranks(args):
@@ -1210,11 +1269,8 @@ def load_checkpoint(folder: str, args_class, name: str = "checkpoint.pt") -> dic
     torch does not compare; an entry that was added, lost or reshaped shows in its layout.
     """
     path = Path(folder) / name
-    found = os.path.isfile(path)  # no, where the folder may not be searched
-    if not found and any(Path(folder).glob("events.out.tfevents.*")):
-        fail(f"{folder} was stopped before its first checkpoint: start again, without --resume")
-    if not found:
-        fail(f"{folder} is no run: there is no {path}")
+    if not os.path.isfile(path):  # or the folder may not be searched
+        fail(f"{folder} is no run, or was stopped before its first checkpoint: there is no {path}")
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():
@@ -1237,10 +1293,9 @@ def restore(own: dict, saved: dict | None) -> dict:
     """What was saved in place of own tensors by name, if anything was; their shapes must agree."""
     if saved is None:
         return own
-    shapes = [{name: tuple(x.shape) for name, x in state.items()} for state in (own, saved)]
-    if shapes[0] != shapes[1]:
-        odd = sorted(name for name, _ in set(shapes[0].items()) ^ set(shapes[1].items()))
-        fail(f"the checkpoint is of other networks than these flags make: {odd[0]} differs")
+    shapes = [{(name, tuple(x.shape)) for name, x in state.items()} for state in (own, saved)]
+    for name, _ in sorted(shapes[0] ^ shapes[1]):
+        fail(f"the checkpoint is of other networks than these flags make: {name} differs")
     return {name: saved[name].to(x) for name, x in own.items()}
 
 
@@ -1260,7 +1315,7 @@ class Run:
         self.tracker = None
         self.start = self.printed = time.perf_counter()
         self.handlers = {}
-        if threading.current_thread() is threading.main_thread():
+        with suppress(ValueError):  # off the main thread there are none
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self._on_signal)
         now = all_reduce(torch.tensor(time.time_ns() // 10**6 * (self.rank == 0)))  # rank 0's
@@ -1493,144 +1548,84 @@ def report(scores: dict, tasks: np.ndarray, args, episodes: dict | None = None) 
 
 
 # <<< shared: run
-# >>> shared: adam
-
-
-def adam(parameters, lr: float, args, saved: dict | None = None, eps=1e-8) -> torch.optim.Adam:
-    """Adam in a form that a graph can hold: step sizes are tensors, to be filled.
-
-    parameters: these, or groups. saved: the state_dict of a checkpoint, of whatever device.
-    """
-    optimizer = torch.optim.Adam(parameters, lr, eps=eps, fused=True, capturable=args.cuda)
-    if saved:
-        optimizer.load_state_dict(saved)
-    for group in optimizer.param_groups:
-        lr = torch.as_tensor(group["lr"], dtype=torch.float32)
-        group |= {"lr": lr.to(device_of(args)), "capturable": args.cuda}
-    return optimizer
-
-
-# <<< shared: adam
-# >>> shared: actions
-
-
-class Choice(Categorical):
-    """Categorical in fewer operations, and without gather, whose gradient is slow on a GPU if it is
-    to be deterministic.
-    """
-
-    def log_prob(self, value):
-        choices = torch.arange(self.logits.shape[-1], device=value.device)
-        return torch.where(value.unsqueeze(-1) == choices, self.logits, 0).sum(-1)
-
-    def entropy(self):
-        return -(self.probs * self.logits).sum(-1)
-
-
-def distribution(dist_params: torch.Tensor, discrete=False) -> Choice | Independent:
-    """Of mean and log std (..., 2A), or of logits (..., n); log_prob and KL are sums over A."""
-    if discrete:
-        return Choice(logits=dist_params, validate_args=False)
-    mean, log_std = dist_params.chunk(2, -1)
-    return Independent(Normal(mean, log_std.exp(), validate_args=False), 1)
-
-
-def draw_actions(dist_params: torch.Tensor, noise: torch.Tensor, discrete=False) -> torch.Tensor:
-    """Actions (..., A), or (...); noise (..., A): normal, for logits Gumbel, 0 for mean or mode."""
-    if discrete:
-        return (dist_params + noise).argmax(-1)  # Gumbel noise makes it a draw from the softmax
-    mean, log_std = dist_params.chunk(2, -1)
-    return mean + log_std.exp() * noise
-
-
-def probability_ratio(dist_params: torch.Tensor, batch: dict, discrete=False) -> torch.Tensor:
-    """π(a|o) / π_old(a|o) of the actions of a batch; 1 where the mask is 0."""
-    logprobs = distribution(dist_params, discrete).log_prob(batch["actions"])
-    return torch.exp((logprobs - batch["logprobs"]) * batch["mask"])
-
-
-def tasks_at_once(obs: torch.Tensor) -> int | None:
-    """How many of the tasks of obs (N, E, T, O) vmap takes at a time: 8000 steps suit a cache."""
-    return None if obs.is_cuda else max(1, 8000 // math.prod(obs.shape[1:-1]))
-
-
-# <<< shared: actions
-# >>> shared: advantages
-
-
-def masked_mean(x: torch.Tensor, mask: torch.Tensor, dim=None, keepdim=False) -> torch.Tensor:
-    """Mean of x where mask is 1, over dim or everything."""
-    return (x * mask).sum(dim, keepdim) / mask.sum(dim, keepdim)
-
-
-def discounted_sum(x: torch.Tensor, discount: float) -> torch.Tensor:
-    """y_t = Σ_{s ≥ t} discount^(s-t) x_s along the last axis, by a triangular matrix, whose product
-    is in double precision, as TF32 would be too coarse.
-    """
-    steps = torch.arange(x.shape[-1], device=x.device)
-    ahead = steps[:, None] - steps  # (s, t)
-    weights = torch.where(ahead >= 0, discount ** ahead.clamp(min=0).double(), 0)
-    return (x.double() @ weights).to(x.dtype)
-
-
-def gae(rewards, values, mask, gamma: float, gae_lambda: float) -> torch.Tensor:
-    """Generalised advantage estimates (..., T); after an episode's last step, one that a time limit
-    ends included, the value is 0.
-    """
-    values = values * mask
-    next_values = torch.cat([values[..., 1:], torch.zeros_like(values[..., :1])], -1)
-    return discounted_sum((rewards + gamma * next_values - values) * mask, gamma * gae_lambda)
-
-
-# <<< shared: advantages
-# >>> shared: moments
-
-
-def moments(x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    """Mean and standard deviation (...) of x (*mask.shape, ...) where mask is 1, over all ranks;
-    without a mask, of the rows of x (B, ...).
-    """
-    mask = x.new_ones(len(x)) if mask is None else mask
-    dims = tuple(range(mask.ndim))
-    weight = mask.reshape(*mask.shape, *[1] * (x.ndim - mask.ndim))
-    count = all_reduce(mask.sum())
-    mean = all_reduce((x * weight).sum(dims)) / count
-    variance = all_reduce(((x - mean) ** 2 * weight).sum(dims)) / count
-    return mean, variance.sqrt()
-
-
-# <<< shared: moments
-# >>> shared: units
-
-
-def spread(x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """moments, but a standard deviation of 1 for what varies by no more than rounding."""
-    mean, std = moments(x, mask)
-    return mean, torch.where(std > 1e-5 * mean.abs(), std, 1)
-
-
-class Units(nn.Module):
-    """x (..., *shape) less its mean, over its standard deviation, within ±10; 0 until measured."""
-
-    def __init__(self, *shape: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("std", torch.full(shape, torch.inf))
-
-    def measure(self, x: torch.Tensor, mask: torch.Tensor | None = None):
-        """Those of x (*mask.shape, *shape) become the units; mask: see moments."""
-        mean, std = spread(x, mask)
-        self.mean.copy_(mean)
-        self.std.copy_(std)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ((x - self.mean) / self.std).clamp(-10, 10)
-
-
-# <<< shared: units
 # ==================================================================================================
-# The task families of the RL² paper, which only this script has.
+# Steps of lanes that remember, and the task families of the RL² paper, which only this script has.
 # ==================================================================================================
+
+
+@torch.no_grad()
+def play_lanes(agent, lanes, noise, ends, envs, reward, args) -> tuple[tuple, dict]:
+    """Steps of an episode in all lanes, one for each of noise (N, T, A), or until none lives.
+
+    lanes: carry (see act), obs (N, O), alive (N,), and the tensors in which a family on the device
+    keeps its state; ends (T,): 1 where the agent is told that the episode is over; reward: dense or
+    sparse. Returns lanes after the steps, and the steps.
+    """
+    carry, obs, alive, tensors = lanes
+    vars(envs).update(tensors)
+    captured = obs.is_cuda and envs.on_device  # all of this is a graph; else two of each step are
+    choose, tell = (act, remember) if captured else (graphed(f, args) for f in (act, remember))
+    steps = []
+    for t in range(noise.shape[1]):
+        step, state = choose(agent, carry, obs, noise[:, t])
+        next_obs, rewards, terminated, truncated, info = step_lanes(envs, step["actions"])
+        if reward == "sparse":
+            rewards = info.get("sparse_reward", torch.zeros_like(rewards))
+        step |= {"rewards": rewards, "next_obs": next_obs, "mask": alive, **info}
+        steps.append(step)
+        over = terminated | truncated
+        seen = {name: step[name] for name in ("inputs", "actions", "rewards")}
+        carry = tell(agent, carry, state, seen, alive, torch.where(over, 1, ends[t]))
+        obs = next_obs
+        alive = alive & ~over
+        if not captured and not alive.any():
+            break
+    length = noise.shape[1] if obs.is_cuda else 0  # graphs are of one shape
+    lanes = carry, obs, alive, {name: vars(envs)[name] for name in tensors}
+    return lanes, stack_steps(steps, length)
+
+
+def play_episode(agent, carry, tasks, generator, reward, deterministic, args) -> tuple:
+    """An episode in each of N tasks (N, K): the carry after it, and steps (N, T, ...) by name."""
+    envs = make_envs(args.env_id, len(tasks))
+    some_steps = graphed(play_lanes, args) if envs.on_device else play_lanes
+    obs = reset_lanes(envs, tasks, generator)
+    require_finite({"next_obs": obs.unsqueeze(1)}, tasks, -1, args)
+    alive = torch.ones(len(tasks), dtype=torch.bool, device=obs.device)
+    lanes = carry, obs, alive, {name: x for name, x in vars(envs).items() if torch.is_tensor(x)}
+    blocks = []
+    for first in range(0, args.horizon, 100):
+        t = torch.arange(first, min(first + 100, args.horizon), device=obs.device)
+        shape = (len(tasks), len(t))
+        noise = draw_noise(envs.single_action_space, shape, generator, deterministic)
+        ends = (t + 1 == args.horizon) | getattr(envs, "ends_every_step", False)
+        lanes, rows = some_steps(agent, lanes, noise, ends.to(obs), envs, reward, args)
+        require_finite(rows, tasks, first, args)
+        blocks.append(rows)
+        if not lanes[2].any():
+            break
+    return lanes[0], join_blocks(blocks)
+
+
+def without_waiting(batch: dict, args) -> dict:
+    """Trials (N, S, ...), each one sequence: what was played, in its order, then what pads."""
+    order = batch["mask"].sort(dim=1, descending=True, stable=True).indices
+    if not args.cuda:  # graphs are of one shape
+        order = order[:, : int(batch["mask"].sum(1).max())]
+    rows = torch.arange(len(order), device=order.device)[:, None]
+    return {name: x[rows, order] for name, x in batch.items()}
+
+
+def with_trials(scores: dict, tasks: np.ndarray, args) -> dict:
+    """Scores of episodes, and what whole trials come to."""
+    scores["trial_return"] = args.eval_episodes * scores["return"].sum(0)
+    if args.num_eval_steps:
+        scores["improvement"] = scores["return"][-1] - scores["return"][0]
+    if isinstance(make_envs(args.env_id), BanditEnvs):
+        pulls = args.horizon * (args.num_eval_steps + 1) * args.eval_episodes
+        scores["regret"] = pulls * tasks.max(1) - scores["trial_return"]  # to the best arm
+    return scores
+
 
 BANDITS = re.compile(r"Bandit([1-9]\d*)Arms([1-9]\d*)-v0")  # their ids
 
@@ -1738,7 +1733,7 @@ def with_defaults(args: Args) -> Args:
     return args
 
 
-main = restoring(main)
+main = guarded()(main)
 
 if __name__ == "__main__":
     main(parse(Args))

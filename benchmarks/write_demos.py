@@ -39,7 +39,7 @@ def main(argv=None):
     args.dataset_size = given.episodes * args.horizon
     _, data = gmps.make_expert(envs, tasks, args)
     key = ("demonstrations",)
-    batch = gmps.rollout(data.noisy_act, data.told, tasks, given.episodes, key, args)
+    batch = gmps.rollout(data.noisy_act, data.tasks_on_device, tasks, given.episodes, key, args)
     data.add(data.ids, batch)
 
     obs, labels = data.replay.state()["rows"].split([*data.columns.values()], -1)

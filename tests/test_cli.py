@@ -175,7 +175,7 @@ def test_a_complete_run_is_meta_tested(train, script, capsys):
 def test_a_run_without_a_checkpoint(refuse, folder):
     (folder / "checkpoint.pt").unlink()
     for flag in ("resume", "evaluate"):
-        assert "start again, without --resume" in refuse(**{flag: folder})
+        assert "or was stopped before its first checkpoint" in refuse(**{flag: folder})
 
 
 @pytest.mark.parametrize("argv", [["--resume", ""], ["--resume="], ["--evaluate", ""]])

@@ -24,7 +24,6 @@ from plain import (
     of_task,
     unpack,
 )
-from test_runs import fork_ranks
 from torch.distributions import Normal
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
@@ -75,7 +74,7 @@ def make_problem(adapted=None, clip=0.0, n=3, e=3, t=4, moved=0.3):
     labelled states.
     """
     p = SimpleNamespace(n=n, clip=clip)
-    p.args = module.Args(hidden_size=6, bias_size=3, init_std=0.8, importance_clip=clip)
+    p.args = module.Args(hidden_size=6, bias_size=3, init_std=0.8, importance_clip=clip or 1e9)
     p.policy = in_units(module.Policy(2, 2, p.args))
     theta, _ = p.policy.split()
     old = {name: (x + 0.3 * torch.randn_like(x)).detach() for name, x in theta.items()}
@@ -98,7 +97,7 @@ def imitation_loss(p, **changes):
     """That of gmps.py, with some parts of the problem replaced."""
     q = SimpleNamespace(**(vars(p) | changes))
     demonstrated = (q.expert_obs, q.labels)
-    return module.imitation_loss(q.theta, q.step_sizes, q.batch, demonstrated, q.policy, q.args)
+    return module.imitation_loss(q.theta, q.step_sizes, q.batch, *demonstrated, q.policy, q.args)
 
 
 def plain_log_density(policy, params, batch):
@@ -178,20 +177,16 @@ def test_meta_parameters(adapt):
 @pytest.mark.parametrize("adapted", [None, ["bias"]])
 @pytest.mark.parametrize("clip", [0, 1.2])
 def test_inner_step(double, clip, adapted):
-    """φ of each task, against a loop over its valid steps; only the adapted parameters move. The
-    largest weight is that before clipping.
-    """
+    """φ of each task, against a loop over its valid steps; only the adapted parameters move."""
     p = make_problem(adapted, clip)
     largest = 0
     for i in range(p.n):
-        phi, weight = adapt(p, of_task(p.batch, i))
+        phi = adapt(p, of_task(p.batch, i))
         expected = plain_adapt(p, p.theta, p.step_sizes, i)
         for name, x in phi.items():
             torch.testing.assert_close(x, expected[name].detach())
             assert torch.equal(x, p.theta[name]) == (name not in p.step_sizes)
-        unclipped = plain_weights(p, p.theta, i, clip=0)[p.batch["mask"][i] > 0]
-        assert weight.item() == pytest.approx(unclipped.max().item())
-        largest = max(largest, weight)
+        largest = max(largest, plain_weights(p, p.theta, i, 0)[p.batch["mask"][i] > 0].max())
     assert largest > 1.2  # some weight is clipped
 
 
@@ -201,8 +196,6 @@ def test_importance_weights(double):
     """
     p = make_problem(moved=0)
     batch = of_task(p.batch, 0)
-    _, weight = adapt(p, batch)
-    assert weight == pytest.approx(1, abs=1e-12)
     assert (batch["logprobs"] - plain_log_density(p.policy, p.theta, batch)).abs().max() < 1e-12
 
     p = make_problem(n=1, e=20_000, t=1, moved=0.1)
@@ -219,10 +212,10 @@ def test_importance_weights(double):
     def step(batch, clip):
         batch = batch | {"advantages": batch["actions"].tanh().sum(-1) + 1}
         args = replace(p.args, importance_clip=clip)
-        phi, _ = module.inner_step(p.theta, batch, p.step_sizes, p.policy, args)
+        phi = module.inner_step(p.theta, batch, p.step_sizes, p.policy, args)
         return parameters_to_vector(phi.values())
 
-    on_policy, off_policy, without = step(fresh, 0), step(batch, 0), step(batch, 1)
+    on_policy, off_policy, without = step(fresh, 1e9), step(batch, 1e9), step(batch, 1)
     assert (off_policy - on_policy).norm() < 0.3 * (without - on_policy).norm()
 
 
@@ -241,7 +234,7 @@ def meta_gradient(p, detach=False):
             means.append(functional_call(p.policy, phi, (p.expert_obs[i],))[..., :2])
         loss = (torch.stack(means) - p.labels).square().mean()
     else:
-        loss, _ = imitation_loss(p)
+        loss = imitation_loss(p)
     return loss, flat(torch.autograd.grad(loss, meta, allow_unused=True), meta)
 
 
@@ -291,17 +284,17 @@ def test_without_adaptation_it_is_behaviour_cloning(double):
     torch.testing.assert_close(gradient, expected)
     zero = make_problem()
     zero.step_sizes = {name: torch.zeros_like(x) for name, x in zero.step_sizes.items()}
-    adapted, _ = imitation_loss(zero)
-    plain, _ = imitation_loss(zero, step_sizes={})
+    adapted = imitation_loss(zero)
+    plain = imitation_loss(zero, step_sizes={})
     torch.testing.assert_close(adapted, plain, rtol=1e-12, atol=0)
 
 
 def test_theta_itself_imitates_too(double):
     """With a weight of its own, the same labels in the same states."""
     p = make_problem()
-    adapted, _ = imitation_loss(p)
-    unadapted, _ = imitation_loss(p, step_sizes={})
-    both, _ = imitation_loss(p, args=replace(p.args, theta_weight=0.3))
+    adapted = imitation_loss(p)
+    unadapted = imitation_loss(p, step_sizes={})
+    both = imitation_loss(p, args=replace(p.args, theta_weight=0.3))
     torch.testing.assert_close(both, adapted + 0.3 * unadapted)
 
 
@@ -310,39 +303,33 @@ def test_tasks_are_apart(double):
     no difference.
     """
     p = make_problem()
-    whole, weights = imitation_loss(p)
-    losses, alone = [], []
+    whole = imitation_loss(p)
+    losses = []
     for i in range(3):
         batch = {name: x[[i]] for name, x in p.batch.items()}
-        loss, weight = imitation_loss(
-            p, batch=batch, expert_obs=p.expert_obs[[i]], labels=p.labels[[i]]
-        )
-        losses.append(loss)
-        alone.append(weight)
+        expert = {"expert_obs": p.expert_obs[[i]], "labels": p.labels[[i]]}
+        losses.append(imitation_loss(p, batch=batch, **expert))
     torch.testing.assert_close(whole, sum(losses) / 3)
-    torch.testing.assert_close(weights, torch.cat(alone))
-    swapped, _ = imitation_loss(p, labels=p.labels.roll(1, 0))
-    other, _ = imitation_loss(p, batch={name: x.roll(1, 0) for name, x in p.batch.items()})
+    swapped = imitation_loss(p, labels=p.labels.roll(1, 0))
+    other = imitation_loss(p, batch={name: x.roll(1, 0) for name, x in p.batch.items()})
     assert abs(swapped - whole) > 1e-3 and abs(other - whole) > 1e-6
     long = make_problem(e=3, t=1500)  # 4500 steps a task: one at a time
     assert module.tasks_at_once(long.batch["obs"]) == 1
     for i in range(3):
-        phi, _ = adapt(long, of_task(long.batch, i))
+        phi = adapt(long, of_task(long.batch, i))
         mean = functional_call(long.policy, phi, (long.expert_obs[i],))[..., :2]
         long.labels[i] = mean.detach()
-    assert imitation_loss(long)[0] < 1e-20
+    assert imitation_loss(long) < 1e-20
 
 
 def test_padding_is_without_influence(double):
     p = make_problem()
-    before, weights = imitation_loss(p)
+    before = imitation_loss(p)
     padded = p.batch["mask"] == 0
     assert padded.any()
     for name, value in {"obs": 1e3, "advantages": 1e3, "logprobs": -1e6}.items():
         p.batch[name][padded] = value
-    after, again = imitation_loss(p)
-    torch.testing.assert_close(before, after)
-    torch.testing.assert_close(weights, again)
+    torch.testing.assert_close(before, imitation_loss(p))
 
 
 def test_a_step_is_one_of_adam_on_states_that_it_draws(double):
@@ -355,14 +342,14 @@ def test_a_step_is_one_of_adam_on_states_that_it_draws(double):
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(p.policy.parameters(), lr=0.01)
     given = (ids, p.batch, optimizer, data, p.policy, generator, p.args)
-    loss, weights = module.imitation_step(*given)
+    loss = module.imitation_step(*given)
 
     drawn = data.sample(ids, p.args.batch_size, generator.manual_seed(0))
     theta, step_sizes = twin.split()
-    expected = module.imitation_loss(theta, step_sizes, p.batch, drawn, twin, p.args)
-    torch.testing.assert_close((loss, weights), expected)
-    assert not loss.requires_grad and not weights.requires_grad
-    gradient = torch.autograd.grad(expected[0], [*twin.parameters()])
+    expected = module.imitation_loss(theta, step_sizes, p.batch, *drawn, twin, p.args)
+    torch.testing.assert_close(loss, expected.detach())
+    assert not loss.requires_grad
+    gradient = torch.autograd.grad(expected, [*twin.parameters()])
     for found, before, g in zip(p.policy.parameters(), twin.parameters(), gradient, strict=True):
         moved = before - 0.01 * g / (g.abs() + 1e-8)  # Adam's first step
         torch.testing.assert_close(found, moved)
@@ -495,14 +482,14 @@ def wander(data, episodes, args):
 def test_scripted_experts_of_points(env_id):
     """Straight to the goal; demonstrations have the noise, times its standard deviation."""
     data, args = demonstrations(env_id, 50, 0.0, 40)
-    batch = module.rollout(data.noisy_act, data.told, data.tasks, 2, ("train", 1), args)
+    batch = module.rollout(data.noisy_act, data.tasks_on_device, data.tasks, 2, ("train", 1), args)
     steps = batch["mask"].sum(-1).long() - 1
     last = batch["obs"].gather(2, steps[..., None, None].expand(50, 2, 1, 2)).squeeze(2)
-    assert (last - data.told[:, None]).abs().max() < 0.11
+    assert (last - data.tasks_on_device[:, None]).abs().max() < 0.11
     obs, noise = torch.rand(50, 3, 2), torch.randn(50, 3, 2)
     data.noise = 0.2
-    expected = 10 * (data.told[:, None] - obs) + 0.2 * noise
-    torch.testing.assert_close(data.noisy_act(data.told, obs, noise), expected)
+    expected = 10 * (data.tasks_on_device[:, None] - obs) + 0.2 * noise
+    torch.testing.assert_close(data.noisy_act(data.tasks_on_device, obs, noise), expected)
 
 
 def test_a_users_expert_is_called_for_valid_states_only():
@@ -514,7 +501,7 @@ def test_a_users_expert_is_called_for_valid_states_only():
     assert torch.equal(data.replay.count, count)
     rows = data.replay.rows[data.replay.filled()]
     torch.testing.assert_close(rows[:, :2], torch.ones(count.sum(), 2))
-    torch.testing.assert_close(rows[:, 2:], data.told.repeat_interleave(count, 0))
+    torch.testing.assert_close(rows[:, 2:], data.tasks_on_device.repeat_interleave(count, 0))
 
 
 @pytest.mark.parametrize(
@@ -538,11 +525,13 @@ def test_labels_are_clipped_and_of_each_tasks_own_expert():
     batch = wander(data, 2, args)
     data.add(data.ids, batch)
     rows = data.replay.rows[data.replay.filled()].view(3, 2, 20, 4)
-    labels = (10 * (data.told[:, None, None] - batch["obs"])).clamp(-1, 1)
+    labels = (10 * (data.tasks_on_device[:, None, None] - batch["obs"])).clamp(-1, 1)
     torch.testing.assert_close(rows, torch.cat([batch["obs"], labels], -1))
     assert (labels.abs() == 1).any() and (labels.abs() < 1).any()
     obs, drawn = data.sample(torch.tensor([2, 0]), 30, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(drawn, (10 * (data.told[[2, 0]][:, None] - obs)).clamp(-1, 1))
+    torch.testing.assert_close(
+        drawn, (10 * (data.tasks_on_device[[2, 0]][:, None] - obs)).clamp(-1, 1)
+    )
 
 
 # ----------------------------------------------------------------------- demonstrations in a file
@@ -703,6 +692,30 @@ def test_a_round_ends_with_the_mean_of_its_last_steps(train, monkeypatch, share,
         torch.testing.assert_close(saved[name], mean.detach())
         assert kept > 1 or torch.equal(saved[name], last)
     assert (kept == 1) == all(torch.equal(saved[name], last) for name, last in visited[-1].items())
+
+
+def test_the_importance_weight_of_a_round(train, monkeypatch):
+    """The largest of each task's at the end of the round, before clipping; their mean."""
+    collect, log = module.collect, module.Run.log
+    batches, logged = {}, []
+
+    def recorded(params, tasks, key, *rest, **more):
+        batches[key[0], key[-1]] = collect(params, tasks, key, *rest, **more)
+        return batches[key[0], key[-1]]
+
+    monkeypatch.setattr(module, "collect", recorded)
+    monkeypatch.setattr(module.Run, "log", lambda *given: [logged.append(given[1]), log(*given)])
+    flags = {"expert": "scripted", "total_timesteps": 81, "learning_rate": 0.1}
+    folder, _ = train(module, **flags)  # one round
+    saved = load(folder)
+    policy = module.Policy(2, 2, module.Args(**saved["args"]))
+    policy.load_state_dict(saved["policy"])
+    batch = batches["train", 2]
+    theta, _ = policy.split()
+    logprobs = plain_log_density(policy, theta, batch)
+    ratio = (logprobs - batch["logprobs"]).exp() * batch["mask"]
+    weight = ratio.flatten(1).amax(1).mean().item()
+    assert weight > 0 and logged[-1]["losses/importance_weight"] == pytest.approx(weight)
 
 
 def test_no_steps_are_left_for_a_round(train):
@@ -988,40 +1001,11 @@ def test_a_rank_has_the_demonstrations_of_its_own_tasks(monkeypatch):
         sac, data = module.make_expert(envs, tasks, args)
         own = slice(3 * rank, 3 * rank + 3)
         assert np.array_equal(data.tasks, tasks[own]) and len(sac.replay.count) == 3
-        assert torch.equal(data.told, torch.as_tensor(tasks[own]).float())
+        assert torch.equal(data.tasks_on_device, torch.as_tensor(tasks[own]).float())
         torch.testing.assert_close(sac.mean, torch.as_tensor(tasks.mean(0)).float())
         data.fill(rows, mask)
         assert data.replay.count.tolist() == [1, 2, 3]
         np.testing.assert_array_equal(data.states()[:, 0], rows[own][mask[own]][:, 0])
-
-
-# ------------------------------------------------------------------------------------------- ranks
-
-
-def test_the_largest_importance_weight_is_that_of_all_ranks(train, monkeypatch):
-
-    def body(rank):
-        own, logged = [], []
-        step, log = module.imitation_step, module.Run.log
-
-        def recorded_step(*args):
-            loss, largest = step(*args)
-            own.append(largest.max().item())
-            return loss, largest
-
-        def recorded_log(run, metrics):
-            logged.append(metrics.get("losses/importance_weight"))
-            log(run, metrics)
-
-        monkeypatch.setattr(module, "imitation_step", recorded_step)
-        monkeypatch.setattr(module.Run, "log", recorded_log)
-        train(module, expert="scripted", total_timesteps=81, learning_rate=0.1)  # one round
-        torch.save([max(own), logged[-1]], f"weights_{rank}.pt")
-
-    codes, errors = fork_ranks(body)
-    assert codes == [0, 0], errors
-    (own, logged), (other, same) = (torch.load(f"weights_{rank}.pt") for rank in (0, 1))
-    assert own != other and logged == same == max(own, other)
 
 
 # ------------------------------------------------------------------------- what the learner knows

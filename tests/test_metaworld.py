@@ -301,7 +301,7 @@ def test_scripted_experts_are_told_the_goal():
 
     args = gmps.Args(env_id=ML1, expert_noise=0.1, horizon=100)
     data = gmps.Demonstrations(tasks[:2], told[:2], act, (39, 4), args)
-    batch = gmps.rollout(data.noisy_act, data.told, data.tasks, 1, ("train", 1), args)
+    batch = gmps.rollout(data.noisy_act, data.tasks_on_device, data.tasks, 1, ("train", 1), args)
     assert (batch["obs"][..., -3:] == 0).all()
     assert episode_scores(batch)["success"].tolist() == [1, 1]
 

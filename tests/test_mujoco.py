@@ -28,6 +28,7 @@ V5 = {  # the environment whose observations, ends and dynamics a family has
     "Walker2dRandParams-v0": ("Walker2d-v5", {"xml_file": "walker2d.xml", "frame_skip": 4}),
     "HopperRandParams-v0": ("Hopper-v5", {"frame_skip": 4}),
 }
+V5["AntFwdBack-v0"] = V5["AntDir-v0"]
 V5["SparseAntGoal-v0"] = V5["AntGoal-v0"]
 VARIED = ("Walker2dRandParams-v0", "HopperRandParams-v0")
 
@@ -40,6 +41,8 @@ def expected_reward(env_id, task, velocity, position, info):
         return -abs(velocity[0] - task[0]) + 0.5 * info["reward_ctrl"]
     if env_id == "AntDir-v0":
         return velocity @ [np.cos(task[0]), np.sin(task[0])] + info["reward_ctrl"] + 1
+    if env_id == "AntFwdBack-v0":
+        return (1 if task[0] == 0 else -1) * velocity[0] + 0.01 * info["reward_ctrl"] + 0.05
     if env_id == "HumanoidDir-v0":
         return 1.25 * velocity @ [np.cos(task[0]), np.sin(task[0])] + info["reward_ctrl"] + 5
     if env_id in VARIED:
@@ -233,8 +236,8 @@ def test_a_task_leaves_nothing_behind(env_id):
     """Tasks A, B, A: the second A is the first, and B is another."""
     envs = make_envs(env_id, 4)
     a, b = (envs.sample_tasks(4, np.random.default_rng(i)) for i in (0, 1))
-    if env_id == "HalfCheetahDir-v0":
-        b = -a
+    if env_id in ("HalfCheetahDir-v0", "AntFwdBack-v0"):
+        b = a[::-1]  # the other one of two
     first, other, again = drive(envs, a), drive(envs, b), drive(envs, a)
     assert same(first, again) and not same(first, other)
 
@@ -280,6 +283,7 @@ def test_task_distributions():
         for env_id in MUJOCO_FAMILIES
     }
     assert draw["HalfCheetahDir-v0"][:3, 0].tolist() == [1, -1, 1]
+    assert draw["AntFwdBack-v0"][:3, 0].tolist() == [0, np.pi, 0]
     velocity = draw["HalfCheetahVel-v0"]
     assert 0 <= velocity.min() < 0.01 and 2.99 < velocity.max() <= 3
     for env_id in ("AntDir-v0", "HumanoidDir-v0"):

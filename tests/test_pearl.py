@@ -37,7 +37,7 @@ def settings(**changes):
     rest = {"gamma": 0.9, "reward_scale": 5.0, "temperature": 1.0, "kl_weight": 0.1}
     rest |= {"regularization": 1e-3, "env_id": "PointRobot-v0", "horizon": 20, "eval_episodes": 1}
     rest |= {"learning_rate": 3e-4, "replay_size": 4000}
-    return module.by_kind(module.Args(**(sizes | rest | changes)))
+    return module.with_defaults(module.Args(**(sizes | rest | changes)))
 
 
 def make_agent(obs_size=2, action_size=2, **changes):
@@ -474,7 +474,7 @@ def test_only_the_first_numbers_of_a_row_reach_the_encoder(lively):
             assert torch.equal(agent.infer(other, mask)[0], mean) == (i >= width)
 
 
-def play_phases(monkeypatch, phases, agent=None, n=3, times=1, reach=0, **flags):
+def play_phases(monkeypatch, phases, agent=None, n=3, times=1, window=0, **flags):
     """explore in the first n of 5 tasks, with steps by phase.
 
     Returns the experience, the last exploration's rounds, and the beliefs that they acted on.
@@ -501,7 +501,7 @@ def play_phases(monkeypatch, phases, agent=None, n=3, times=1, reach=0, **flags)
             beliefs.clear()
             key = ("x", k)
             ids = torch.arange(n)
-            rounds = module.explore(phases, ids, experience, reach, key, agent, args)
+            rounds = module.explore(phases, ids, experience, window, key, agent, args)
     return experience, rounds, beliefs
 
 
@@ -509,13 +509,13 @@ def test_context_window_reaches_back_over_collections(monkeypatch):
     """The latest steps of all phases; while a task is explored, its belief still starts anew."""
     phases = {"prior": 20, "extra": 40}
     play = partial(play_phases, monkeypatch, phases)
-    experience, *_ = play(times=3, reach=100)
+    experience, *_ = play(times=3, window=100)
     assert experience.replay.count[:3].tolist() == [180] * 3
     assert experience.window[:3].tolist() == [[80, 100]] * 3
     *_, (mean, variance) = play(times=3)[2]
-    *_, (again, _) = play(times=3, reach=100)[2]
+    *_, (again, _) = play(times=3, window=100)[2]
     assert torch.equal(mean, again) and not torch.equal(variance, torch.ones_like(variance))
-    assert play(reach=100)[0].window[:3].tolist() == [[0, 60]] * 3  # no more than there is
+    assert play(window=100)[0].window[:3].tolist() == [[0, 60]] * 3  # no more than there is
 
 
 def test_phases(monkeypatch):
@@ -919,7 +919,7 @@ def test_help_texts_have_the_defaults_by_kind():
     ],
 )
 def test_defaults_by_kind(env_id, kind):
-    args = module.by_kind(module.Args(env_id=env_id))
+    args = module.with_defaults(module.Args(env_id=env_id))
     unset = {name for name, value in vars(args).items() if value is None}
     assert unset == {"eval_episodes", "reward_scale"}
     assert module.kind_of_tasks(args) == kind
@@ -930,8 +930,8 @@ def test_defaults_by_kind(env_id, kind):
     assert args.context_next_obs == ("RandParams" in env_id)
     envs = module.make_envs("PointRobot-v0")
     args.horizon, args.eval_episodes = 20, 1
-    module.check(envs, args)  # they go together
-    assert module.by_kind(module.Args(env_id=env_id, gamma=0.5)).gamma == 0.5
+    module.check_flags(envs, args)  # they go together
+    assert module.with_defaults(module.Args(env_id=env_id, gamma=0.5)).gamma == 0.5
 
 
 def recipes():
@@ -942,7 +942,7 @@ def recipes():
             label, _, command = (part.strip() for part in line.split("|"))
             script, *argv = shlex.split(command)
             assert script == "pearl.py"
-            found[label] = module.by_kind(module.parse(module.Args, argv))
+            found[label] = module.with_defaults(module.parse(module.Args, argv))
     return found
 
 
@@ -956,7 +956,7 @@ def test_the_commands_of_the_page_are_recipes():
     known = [replace(args, **free) for args in recipes().values()]
     assert len(commands) == 2
     for command in commands:
-        args = module.by_kind(module.parse(module.Args, shlex.split(command)))
+        args = module.with_defaults(module.parse(module.Args, shlex.split(command)))
         assert replace(args, **free) in known, command
 
 
@@ -982,7 +982,7 @@ def test_recipes_go_together():
     for label, args in recipes().items():
         args.horizon = 20 if "Point" in label else 200
         args.eval_episodes = args.episodes_per_task
-        module.check(module.make_envs("PointRobot-v0"), args)
+        module.check_flags(module.make_envs("PointRobot-v0"), args)
         if label.endswith("_paper"):
             assert (args.hidden_size, args.encoder_size, args.learning_rate) == (300, 200, 3e-4)
             assert args.latent_size == 5 and not args.anneal and not args.warmup_iterations

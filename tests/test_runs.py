@@ -584,12 +584,19 @@ def test_track_without_the_package(script, train, monkeypatch, tmp_path):
 
 @one_for_all
 def test_evaluate_on_other_tasks(script, train, capsys):
-    """Other held-out tasks, and another family with the same spaces; one of other spaces gets a line."""
+    """Other held-out tasks, and another family with the same spaces, whose episodes have its own
+    length unless --horizon is given; one of other spaces gets a line.
+    """
     folder, metrics = train(script)
     own = {tag: x for tag, x in metrics.items() if tag.startswith("eval/")}
     _, others = train(script, evaluate=folder, task_seed=7)
     assert others.keys() == own.keys() and others != own
     _, sparse = train(script, evaluate=folder, env_id="SparsePointRobot-v0", task_seed=7)
     assert sparse.keys() > own.keys() and "eval/success" in sparse
+    for flags, length in (({}, 100), ({"horizon": 7}, 7)):
+        train(script, evaluate=folder, env_id="Navigation2D-v0", num_test_tasks=1, **flags)
+        file = np.load(Path(folder) / "evaluation.npz")
+        steps = file["mask"].shape[1] if "mask" in file else file["obs_0"].shape[2]
+        assert steps % length == 0 and steps > 0
     with pytest.raises(SystemExit, match=r"^error: the checkpoint is of other networks"):
         train(script, evaluate=folder, env_id="MultimodalNavigation2-v0")

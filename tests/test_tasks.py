@@ -392,7 +392,7 @@ def test_action_spaces():
         envs, _, batch = user_rollout("user_tasks:Discrete-v0", value=index)
         assert envs.single_action_space.n == 3 and batch["actions"].shape == batch["mask"].shape
         assert set(envs.envs[0].unwrapped.given) == {3 + index}
-    with pytest.raises(SystemExit, match="error: user_tasks:Binary-v0 has MultiBinary actions"):
+    with pytest.raises(SystemExit, match="error: user_tasks:Binary-v0 has actions MultiBinary"):
         make_envs("user_tasks:Binary-v0", 1)
 
 
@@ -457,7 +457,7 @@ def test_tasks_must_be_rows_of_numbers(monkeypatch, tasks):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_tasks_must_be_finite(monkeypatch, value):
     monkeypatch.setattr(Ragged, "sample_tasks", lambda env, n: np.full((n, 2), value))
-    with pytest.raises(SystemExit, match=r"^error: user_tasks:Asymmetric-v0: .*not finite"):
+    with pytest.raises(SystemExit, match=r"^error: user_tasks:Asymmetric-v0: .*all of them finite"):
         make("user_tasks:Asymmetric-v0", 5)
 
 
@@ -571,7 +571,7 @@ def test_environments_are_closed(monkeypatch):
 
 def test_pictures_are_refused(monkeypatch):
     monkeypatch.setitem(user_tasks.OBSERVATIONS, "flat", Box(0, 255, (64, 64, 3), np.uint8))
-    with pytest.raises(SystemExit, match=r"has images as observations, .* vectors are supported"):
+    with pytest.raises(SystemExit, match=r"has observations .* vectors are supported"):
         make_envs("user_tasks:Asymmetric-v0", 1)
 
 
@@ -742,7 +742,7 @@ def test_actions_and_observations_of_no_numbers(monkeypatch, train):
     train(maml_trpo, env_id="user_tasks:Asymmetric-v0", total_timesteps=1)
     maml_trpo.make_envs.cache_clear()
     monkeypatch.setitem(user_tasks.ACTIONS, "asymmetric", gym.spaces.Box(-1, 1, (0,)))
-    with pytest.raises(SystemExit, match=r"^error: user_tasks:Asymmetric-v0 has no actions: Box"):
+    with pytest.raises(SystemExit, match=r"^error: user_tasks:Asymmetric-v0 has actions Box"):
         maml_trpo.make_envs("user_tasks:Asymmetric-v0", 1)
 
 
