@@ -312,7 +312,7 @@ def pearl_table(rounds: int, num_threads: int, device: str):
         x for x in lines if "paper" in x.split("|")[0] and "--env-id HalfCheetahVel-v0" in x
     )
     flags = shlex.split(recipe.split("|")[2])[1:]
-    args = pearl.by_kind(
+    args = pearl.with_defaults(
         pearl.parse(pearl.Args, [*flags, *(["--cuda"] if device == "cuda" else [])])
     )
     torch.backends.cuda.matmul.allow_tf32 = args.tf32

@@ -1,5 +1,6 @@
 """benchmarks/: a list becomes CSVs once, what is computed from them is right, figures and films are drawn."""
 
+import ast
 import importlib
 import importlib.util
 import subprocess
@@ -265,3 +266,15 @@ def test_contexts_of_pearl(train, capsys):
         [agent[first][:, :2], 0 * agent[first][:, 2:]], 1
     )  # obs are two numbers, then comes z
     assert different(agent | {first: blind}) == 1
+
+
+SCRIPTS = ("gmps", "maesn", "maml_trpo", "mmaml", "pearl", "rl2")
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("benchmarks/*.py")), ids=lambda path: path.name)
+def test_names_of_the_scripts_exist(path):
+    """What a program takes from a script that it imports by name; some parts run on a GPU alone."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            if node.value.id in SCRIPTS:
+                assert hasattr(importlib.import_module(node.value.id), node.attr), ast.unparse(node)
