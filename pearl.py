@@ -890,7 +890,8 @@ class UserEnvs(gym.vector.VectorEnv):
             numbers = array.dtype.kind in "biuf" and np.isfinite(array).all()
             if numbers and array.size and array.shape[:1] == (n,):
                 return array
-        fail(f"{self.env_id}: {method}({n}) must return {n} rows of numbers, all of them finite")
+        came = " ".join(f"{tasks!r:.80}".split())
+        fail(f"{self.env_id}: {method}({n}) must return {n} rows of finite numbers, not {came}")
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         seeds = np.random.default_rng(seed).integers(2**31, size=self.num_envs)

@@ -457,7 +457,7 @@ def test_tasks_must_be_rows_of_numbers(monkeypatch, tasks):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_tasks_must_be_finite(monkeypatch, value):
     monkeypatch.setattr(Ragged, "sample_tasks", lambda env, n: np.full((n, 2), value))
-    with pytest.raises(SystemExit, match=r"^error: user_tasks:Asymmetric-v0: .*all of them finite"):
+    with pytest.raises(SystemExit, match=r"^error: user_tasks:Asymmetric-v0: .*5 rows of finite numbers, not array"):
         make("user_tasks:Asymmetric-v0", 5)
 
 
