@@ -449,7 +449,7 @@ NO_ROWS += [
 @pytest.mark.parametrize("tasks", NO_ROWS, ids=str)
 def test_tasks_must_be_rows_of_numbers(monkeypatch, tasks):
     monkeypatch.setattr(Ragged, "sample_tasks", lambda env, n: tasks)
-    line = r"^error: user_tasks:Asymmetric-v0: .*must return 5 rows of numbers"
+    line = r"^error: user_tasks:Asymmetric-v0: .*must return 5 rows of finite numbers, not "
     with pytest.raises(SystemExit, match=line):
         make("user_tasks:Asymmetric-v0", 5)
 
@@ -457,7 +457,9 @@ def test_tasks_must_be_rows_of_numbers(monkeypatch, tasks):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_tasks_must_be_finite(monkeypatch, value):
     monkeypatch.setattr(Ragged, "sample_tasks", lambda env, n: np.full((n, 2), value))
-    with pytest.raises(SystemExit, match=r"^error: user_tasks:Asymmetric-v0: .*5 rows of finite numbers, not array"):
+    with pytest.raises(
+        SystemExit, match=r"^error: user_tasks:Asymmetric-v0: .*5 rows of finite numbers, not array"
+    ):
         make("user_tasks:Asymmetric-v0", 5)
 
 
