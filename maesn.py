@@ -275,7 +275,8 @@ def split(meta) -> tuple[dict, dict, dict]:
     table = {name: meta[name] for name in ("mu", "log_sigma")}
     rest = {name: p for name, p in meta.items() if name not in table}
     theta = {name: p for name, p in rest.items() if not name.startswith("log_lr.")}
-    step_sizes = {name.removeprefix("log_lr."): rest[name].exp() for name in rest.keys() - theta}
+    lrs = {name: p for name, p in rest.items() if name not in theta}
+    step_sizes = {name.removeprefix("log_lr."): p.exp() for name, p in lrs.items()}
     return theta, table, step_sizes
 
 
@@ -1390,10 +1391,10 @@ def saved_args(args, checkpoint: dict):
         if given.get("env_id", saved.env_id) != saved.env_id:
             given = {"horizon": 0} | given  # that of the other family
         args = replace(saved, **given | {"cuda": args.cuda})  # which is about this machine
-    for name in asdict(saved).keys() - MAY_CHANGE if args.resume else ():
-        if getattr(args, name) != getattr(saved, name):
+    for name, value in asdict(saved).items() if args.resume else ():
+        if name not in MAY_CHANGE and getattr(args, name) != value:
             flag = f"--{name.replace('_', '-')}"
-            fail(f"{flag} of {args.resume} is {getattr(saved, name)} and cannot change")
+            fail(f"{flag} of {args.resume} is {value} and cannot change")
     return args
 
 

@@ -1306,10 +1306,10 @@ def saved_args(args, checkpoint: dict):
         if given.get("env_id", saved.env_id) != saved.env_id:
             given = {"horizon": 0} | given  # that of the other family
         args = replace(saved, **given | {"cuda": args.cuda})  # which is about this machine
-    for name in asdict(saved).keys() - MAY_CHANGE if args.resume else ():
-        if getattr(args, name) != getattr(saved, name):
+    for name, value in asdict(saved).items() if args.resume else ():
+        if name not in MAY_CHANGE and getattr(args, name) != value:
             flag = f"--{name.replace('_', '-')}"
-            fail(f"{flag} of {args.resume} is {getattr(saved, name)} and cannot change")
+            fail(f"{flag} of {args.resume} is {value} and cannot change")
     return args
 
 
