@@ -272,7 +272,7 @@ def explore(phases, ids, experience, context_window, key, agent, args) -> list[d
         while done < steps:
             batch_key = (*key, len(batches))
             q = agent.prior(len(ids))
-            if phase in ("posterior", "extra") and done:  # their first are the prior's (original)
+            if phase in ("posterior", "extra") and done:  # first from the prior, as the original
                 generator = keyed_generator(args, "contexts", *batch_key[1:])
                 q = agent.infer(*experience.draw_context(ids, generator, args))
             batch = collect(q, tasks, batch_key, agent, args)
