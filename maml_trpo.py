@@ -1014,12 +1014,16 @@ def require_memory(envs, args):
     needed["--hidden-size"] = 16 * args.hidden_size**2
     needed["--num-test-tasks"] = 8 * args.num_test_tasks
     needed["--num-train-tasks"] = 8 * args.num_train_tasks
-    if not hasattr(os, "sysconf"):  # on Windows
-        return
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = host_memory()
     for flags, size in needed.items():
         if size > memory:
             fail(f"{flags} needs {size / 1e9:,.0f} GB or more, of {memory / 1e9:.0f} GB of memory")
+
+
+def host_memory() -> float:
+    """Bytes; inf on Windows, which does not say."""
+    known = hasattr(os, "sysconf")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
 
 
 def meta_batch(envs, train_tasks, args, iteration: int) -> np.ndarray:
@@ -1112,7 +1116,7 @@ def require_finite(rows: dict, tasks: np.ndarray, first: int, args):
     bad = [~x.isfinite().reshape(*x.shape[:2], -1).all(2) for x in rows.values()]
     for t, column, lane in torch.stack(bad).permute(2, 0, 1).nonzero().tolist():  # the first step's
         name = [*rows][column]
-        if name in ("actions", "values"):
+        if name in ("actions", "logprobs", "values"):
             fail(f"the policy has diverged, its {name} are not finite: try smaller step sizes")
         where = f"in lane {lane}, step {first + t}, task {tasks[lane]}"
         fail(f"{args.env_id}: {names.get(name, name)} is not finite {where}")
@@ -1186,7 +1190,7 @@ def capture(function, inputs) -> tuple:
 # <<< shared: graphs
 # >>> shared: run
 
-FORMAT = 6  # of checkpoints; commit c7abba7 reads 5, 663dc29 4, 3629d7c 3, e70b381 2
+FORMAT = 6  # of checkpoints; commit c7abba7 reads 5
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "cudagraphs", "tf32", "num_threads"}
 MAY_CHANGE |= {"eval_every", "checkpoint_every", "track"}
 
@@ -1266,7 +1270,7 @@ def parse(args_class, argv: list[str] | None = None):
     """Args from the command line; with --resume or --evaluate, the saved run's are the defaults."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without ± or Greek letters
+            stream.reconfigure(errors="replace")  # a terminal may lack ± and Greek
     words = sys.argv[1:] if argv is None else argv
     given = {word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")}
     for flag, instead in getattr(args_class, "gone", {}).items():
@@ -1282,14 +1286,16 @@ def parse(args_class, argv: list[str] | None = None):
     if not folder:
         return args
     saved = args_class(**load_checkpoint(folder, args_class)["args"])
-    if ":" in saved.env_id:
-        found = importlib.util.find_spec(saved.env_id.split(":")[0])
+    if "--env-id" in given and args.env_id != saved.env_id:
+        saved = replace(saved, horizon=0)  # that of the other family
+    elif ":" in saved.env_id:
+        found = None
+        with suppress(ModuleNotFoundError):  # of a module's package
+            found = importlib.util.find_spec(saved.env_id.split(":")[0])
         if not found:
             where = f"{saved.env_id} is not beside the script, nor installed; if it is"
             fail(f"{where} in the working folder, give --env-id {saved.env_id} too")
         show(f"tasks of {folder} come from {found.origin}")
-    if "--env-id" in given and args.env_id != saved.env_id:
-        saved = replace(saved, horizon=0)  # that of the other family
     args = tyro.cli(args_class, args=argv, default=saved)
     args.from_parse = True
     return args
@@ -1367,9 +1373,7 @@ def setup(args, complete=replace) -> tuple:
 
 
 def cores() -> int:
-    """This process's share of the cores that it may use, or OMP_NUM_THREADS, which torchrun sets to
-    1 by itself.
-    """
+    """This process's share of the usable cores; or OMP_NUM_THREADS, which torchrun sets to 1."""
     if ranks()[1] == 1 and os.environ.get("OMP_NUM_THREADS", "").isdecimal():
         return max(1, int(os.environ["OMP_NUM_THREADS"]))
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -1417,7 +1421,7 @@ def join_ranks(args):
 
 
 def layout(state, name: str = "") -> list[str]:
-    """Where what lies in a checkpoint: name, type, and dtype and shape of every tensor."""
+    """What a checkpoint holds: names, types, and dtype and shape of every tensor."""
     if isinstance(state, dict | list | tuple):
         items = state.items() if isinstance(state, dict) else enumerate(state)
         inside = [line for key, value in items for line in layout(value, f"{name}/{key}")]
@@ -1512,7 +1516,7 @@ class Run:
         """Ends the program with one line where the disk is full or the folder read-only."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch has words of its own for a full disk
+        except (OSError, RuntimeError) as error:  # torch's, for a full disk
             reason = getattr(error, "strerror", None) or "the disk may be full"
             kept = os.path.isfile(self.folder / "checkpoint.pt")
             last = "; the last checkpoint is kept" if kept else ""
@@ -1526,9 +1530,8 @@ class Run:
             fail("--track needs pip install wandb")
         name = self.folder.name
         group = f"{self.args.env_id}__{self.args.exp_name}"
-        config = asdict(self.args)
-        more = {"resume": "allow", "sync_tensorboard": True, "group": group, "config": config}
-        wandb.init(id=name, name=name, **more)
+        how = {"resume": "allow", "sync_tensorboard": True, "config": asdict(self.args)}
+        wandb.init(id=name, name=name, group=group, **how)
         self.tracker = wandb
 
     def _on_signal(self, number, frame):
@@ -1614,7 +1617,7 @@ class Run:
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)  # of a rank on another machine
             if self.rank == 0:
-                self.writer.flush()  # first: what is logged up to here is not logged again
+                self.writer.flush()  # first, or it would be logged again
             torch.save(state | {"layout": layout(state)}, self.folder / f"{name}.tmp")
             os.replace(self.folder / f"{name}.tmp", self.folder / name)
 

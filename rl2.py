@@ -76,7 +76,7 @@ class Args:
     horizon: int = 0  # steps per episode at most (0: the family's own)
     num_train_tasks: int = 0  # size of a fixed set of training tasks (0: fresh draws in every iteration)
     num_test_tasks: int | None = None  # held-out tasks of the meta-test (unset: bandits, TabularMDP-v0 20,000, else 40)
-    num_eval_steps: int | None = None  # a meta-test's trial is scored in one part more than this (unset: E parts)
+    num_eval_steps: int | None = None  # parts of a meta-test's trial, less one (unset: E // eval_episodes parts)
     eval_episodes: int = 1  # episodes of such a part, whose mean return is its score
     deterministic_eval: bool = False  # play the meta-test's trials with the most likely or mean action, throughout
     train_reward: Literal["dense", "sparse"] = "dense"  # reward of meta-training
@@ -260,11 +260,11 @@ def collect(agent, tasks, key, args, test=False, deterministic=False) -> tuple[d
         carry, rows = play_episode(agent, carry, placed, generator, reward, deterministic, args)
         played.append(rows)
 
-    scores = {"return": torch.stack([rows["rewards"].sum(1) for rows in played], 1)}
     batch = join_blocks(played)
+    lengths = [rows["mask"].shape[1] for rows in played]
+    scores = {"return": torch.stack([x.sum(1) for x in batch["rewards"].split(lengths, 1)], 1)}
     if "success" in batch:
-        hits = [rows.get("success", torch.zeros_like(rows["rewards"])) for rows in played]
-        scores["success"] = torch.stack([x.amax(1) for x in hits], 1)
+        scores["success"] = torch.stack([x.amax(1) for x in batch["success"].split(lengths, 1)], 1)
     names = ("obs", "inputs", "actions", "logprobs", "values", "rewards", "mask")
     return without_waiting({name: batch[name] for name in names}, args), scores
 
@@ -279,17 +279,21 @@ def ppo_loss(agent, batch, count, ent_coef, args) -> tuple[torch.Tensor, dict]:
     logratio = (policy.log_prob(batch["actions"]) - batch["logprobs"]) * batch["mask"]
     ratio = logratio.exp()
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    terms = {
-        "pg_loss": -torch.min(ratio * batch["advantages"], clipped * batch["advantages"]),
-        "value_loss": 0.5 * ((values - batch["returns"]) / agent.value_units.std) ** 2,
-        "entropy": policy.entropy(),
-        "approx_kl": ratio - 1 - logratio,  # Schulman's estimate
-        "clipfrac": ((ratio - 1).abs() > args.clip_coef).to(ratio.dtype),
+    gain = torch.min(ratio * batch["advantages"], clipped * batch["advantages"])
+
+    def mean(x):
+        return (x * batch["mask"]).sum() / count
+
+    parts = {
+        "losses/pg_loss": -mean(gain),
+        "losses/value_loss": mean(0.5 * ((values - batch["returns"]) / agent.value_units.std) ** 2),
+        "losses/entropy": mean(policy.entropy()),
+        "losses/approx_kl": mean(ratio - 1 - logratio),  # Schulman's estimate
+        "losses/clipfrac": mean((ratio - 1).abs() > args.clip_coef),
     }
-    sums = (torch.stack([*terms.values()]) * batch["mask"]).sum((1, 2)) / count
-    parts = dict(zip(terms, sums, strict=True))
-    loss = parts["pg_loss"] + args.vf_coef * parts["value_loss"] - ent_coef * parts["entropy"]
-    return loss, {f"losses/{name}": part.detach() for name, part in parts.items()}
+    pg_loss, value_loss, entropy, *_ = parts.values()
+    loss = pg_loss + args.vf_coef * value_loss - ent_coef * entropy
+    return loss, {name: part.detach() for name, part in parts.items()}
 
 
 def ppo_steps(agent, optimizer, batch, orders, ent_coef, args) -> tuple[dict, torch.Tensor]:
@@ -301,9 +305,8 @@ def ppo_steps(agent, optimizer, batch, orders, ent_coef, args) -> tuple[dict, to
     logged = []
     norms = 0
     for order in orders:
-        dealt = {name: x[order].tensor_split(args.num_minibatches) for name, x in batch.items()}
-        for k in range(args.num_minibatches):
-            minibatch = {name: x[k] for name, x in dealt.items()}
+        for trials in order.tensor_split(args.num_minibatches):
+            minibatch = {name: x[trials] for name, x in batch.items()}
             count = all_reduce(minibatch["mask"].sum())
             loss, parts = ppo_loss(agent, minibatch, count, ent_coef, args)
             optimizer.zero_grad()
@@ -321,16 +324,14 @@ def update(agent, optimizer, batch, key, remaining, args) -> dict[str, float]:
     """(4), (5) PPO; remaining: factor on step size and weight of the entropy. Returns losses/*."""
     generator = keyed_generator(args, *key)
     device = generator.device
-    n = len(batch["mask"])
-    orders = [
-        torch.randperm(n, generator=generator, device=device) for _ in range(args.update_epochs)
-    ]
+    draw = partial(torch.randperm, len(batch["mask"]), generator=generator, device=device)
+    orders = torch.stack([draw() for _ in range(args.update_epochs)])
     optimizer.param_groups[0]["lr"].fill_(remaining * args.learning_rate)
-    ent_coef = torch.full((), remaining * args.ent_coef, device=device)
+    ent_coef = torch.full((), remaining * args.ent_coef, device=device)  # graphs take no numbers
     used = ("inputs", "actions", "logprobs", "advantages", "returns", "mask")
     batch = {name: batch[name] for name in used}
     steps = graphed(ppo_steps, args)
-    means, norms = steps(agent, optimizer, batch, torch.stack(orders), ent_coef, args)
+    means, norms = steps(agent, optimizer, batch, orders, ent_coef, args)
     if not norms.isfinite():
         fail("the gradient is not finite: try a smaller --learning-rate")
     return {name: mean.item() for name, mean in means.items()}
@@ -355,7 +356,7 @@ def evaluate(agent, tasks, args) -> tuple[dict, dict]:
     the same draws.
     """
     parts = args.num_eval_steps + 1
-    scores = [[] for _ in range(parts)]
+    scores = [[] for _ in range(parts)]  # of each part, by groups of tasks
     for first in progress(range(0, len(tasks), args.meta_batch_size), args):
         # the last group is filled up from the first tasks: one shape for all
         group = tasks[np.arange(first, first + args.meta_batch_size) % len(tasks)]
@@ -374,7 +375,7 @@ def main(args: Args) -> dict[str, float]:
     """Train, resume or only evaluate; returns the last value of every eval/* and charts/* tag."""
     args, device, checkpoint = setup(args, with_defaults)
     trials = args.meta_batch_size // ranks()[1]
-    if args.num_minibatches > trials:
+    if args.num_minibatches > trials and not args.evaluate:
         fail(f"--num-minibatches {args.num_minibatches}: more than the {trials} trials of a rank")
     register_own(args.env_id)
     envs, train_tasks, test_tasks = make_tasks(args)
@@ -851,12 +852,16 @@ def require_memory(envs, args):
     needed["--hidden-size"] = 16 * args.hidden_size**2
     needed["--num-test-tasks"] = 8 * args.num_test_tasks
     needed["--num-train-tasks"] = 8 * args.num_train_tasks
-    if not hasattr(os, "sysconf"):  # on Windows
-        return
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = host_memory()
     for flags, size in needed.items():
         if size > memory:
             fail(f"{flags} needs {size / 1e9:,.0f} GB or more, of {memory / 1e9:.0f} GB of memory")
+
+
+def host_memory() -> float:
+    """Bytes; inf on Windows, which does not say."""
+    known = hasattr(os, "sysconf")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
 
 
 def meta_batch(envs, train_tasks, args, iteration: int) -> np.ndarray:
@@ -949,7 +954,7 @@ def require_finite(rows: dict, tasks: np.ndarray, first: int, args):
     bad = [~x.isfinite().reshape(*x.shape[:2], -1).all(2) for x in rows.values()]
     for t, column, lane in torch.stack(bad).permute(2, 0, 1).nonzero().tolist():  # the first step's
         name = [*rows][column]
-        if name in ("actions", "values"):
+        if name in ("actions", "logprobs", "values"):
             fail(f"the policy has diverged, its {name} are not finite: try smaller step sizes")
         where = f"in lane {lane}, step {first + t}, task {tasks[lane]}"
         fail(f"{args.env_id}: {names.get(name, name)} is not finite {where}")
@@ -1023,7 +1028,7 @@ def capture(function, inputs) -> tuple:
 # <<< shared: graphs
 # >>> shared: run
 
-FORMAT = 6  # of checkpoints; commit c7abba7 reads 5, 663dc29 4, 3629d7c 3, e70b381 2
+FORMAT = 6  # of checkpoints; commit c7abba7 reads 5
 MAY_CHANGE = {"resume", "evaluate", "total_timesteps", "cuda", "cudagraphs", "tf32", "num_threads"}
 MAY_CHANGE |= {"eval_every", "checkpoint_every", "track"}
 
@@ -1103,7 +1108,7 @@ def parse(args_class, argv: list[str] | None = None):
     """Args from the command line; with --resume or --evaluate, the saved run's are the defaults."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal without ± or Greek letters
+            stream.reconfigure(errors="replace")  # a terminal may lack ± and Greek
     words = sys.argv[1:] if argv is None else argv
     given = {word.split("=")[0].replace("_", "-") for word in words if word.startswith("--")}
     for flag, instead in getattr(args_class, "gone", {}).items():
@@ -1119,14 +1124,16 @@ def parse(args_class, argv: list[str] | None = None):
     if not folder:
         return args
     saved = args_class(**load_checkpoint(folder, args_class)["args"])
-    if ":" in saved.env_id:
-        found = importlib.util.find_spec(saved.env_id.split(":")[0])
+    if "--env-id" in given and args.env_id != saved.env_id:
+        saved = replace(saved, horizon=0)  # that of the other family
+    elif ":" in saved.env_id:
+        found = None
+        with suppress(ModuleNotFoundError):  # of a module's package
+            found = importlib.util.find_spec(saved.env_id.split(":")[0])
         if not found:
             where = f"{saved.env_id} is not beside the script, nor installed; if it is"
             fail(f"{where} in the working folder, give --env-id {saved.env_id} too")
         show(f"tasks of {folder} come from {found.origin}")
-    if "--env-id" in given and args.env_id != saved.env_id:
-        saved = replace(saved, horizon=0)  # that of the other family
     args = tyro.cli(args_class, args=argv, default=saved)
     args.from_parse = True
     return args
@@ -1204,9 +1211,7 @@ def setup(args, complete=replace) -> tuple:
 
 
 def cores() -> int:
-    """This process's share of the cores that it may use, or OMP_NUM_THREADS, which torchrun sets to
-    1 by itself.
-    """
+    """This process's share of the usable cores; or OMP_NUM_THREADS, which torchrun sets to 1."""
     if ranks()[1] == 1 and os.environ.get("OMP_NUM_THREADS", "").isdecimal():
         return max(1, int(os.environ["OMP_NUM_THREADS"]))
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -1254,7 +1259,7 @@ def join_ranks(args):
 
 
 def layout(state, name: str = "") -> list[str]:
-    """Where what lies in a checkpoint: name, type, and dtype and shape of every tensor."""
+    """What a checkpoint holds: names, types, and dtype and shape of every tensor."""
     if isinstance(state, dict | list | tuple):
         items = state.items() if isinstance(state, dict) else enumerate(state)
         inside = [line for key, value in items for line in layout(value, f"{name}/{key}")]
@@ -1349,7 +1354,7 @@ class Run:
         """Ends the program with one line where the disk is full or the folder read-only."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch has words of its own for a full disk
+        except (OSError, RuntimeError) as error:  # torch's, for a full disk
             reason = getattr(error, "strerror", None) or "the disk may be full"
             kept = os.path.isfile(self.folder / "checkpoint.pt")
             last = "; the last checkpoint is kept" if kept else ""
@@ -1363,9 +1368,8 @@ class Run:
             fail("--track needs pip install wandb")
         name = self.folder.name
         group = f"{self.args.env_id}__{self.args.exp_name}"
-        config = asdict(self.args)
-        more = {"resume": "allow", "sync_tensorboard": True, "group": group, "config": config}
-        wandb.init(id=name, name=name, **more)
+        how = {"resume": "allow", "sync_tensorboard": True, "config": asdict(self.args)}
+        wandb.init(id=name, name=name, group=group, **how)
         self.tracker = wandb
 
     def _on_signal(self, number, frame):
@@ -1451,7 +1455,7 @@ class Run:
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)  # of a rank on another machine
             if self.rank == 0:
-                self.writer.flush()  # first: what is logged up to here is not logged again
+                self.writer.flush()  # first, or it would be logged again
             torch.save(state | {"layout": layout(state)}, self.folder / f"{name}.tmp")
             os.replace(self.folder / f"{name}.tmp", self.folder / name)
 

@@ -19,6 +19,8 @@ def main(script: str, folder: str, *flags: str) -> dict[str, float]:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     module = importlib.import_module(script)
     args = module.parse(module.Args, ["--evaluate", folder, *flags])
+    if script == "rl2":
+        module.register_own(args.env_id)
     envs = module.make_envs(args.env_id)
     stream = [args.task_seed, 0]  # of training tasks, in make_tasks
     envs.sample_test_tasks = lambda n, rng: envs.sample_tasks(n, np.random.default_rng(stream))

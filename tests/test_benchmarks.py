@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, TINY, to_argv
 
 import maml_trpo
+import rl2
 
 
 def load_module(name):
@@ -161,6 +162,8 @@ def test_training_tasks(train):
     with np.load(folder / "evaluation.npz") as file:
         expected = envs.sample_tasks(6, np.random.default_rng([0, 0]))
         assert np.array_equal(file["tasks"], expected)
+    folder, _ = train(rl2, env_id="Bandit2Arms3-v0", horizon=0, num_eval_steps=0)
+    on_training_tasks.main("rl2", str(folder))
 
 
 def test_both_scores(train):

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import os
 import runpy
 import shutil
 import signal
@@ -14,7 +15,18 @@ from typing import get_type_hints
 import numpy as np
 import pytest
 import torch
-from conftest import LEAST, ROOT, SCRIPTS, TINY, environment, load, one_for_all, tiny, two_for_all
+from conftest import (
+    LEAST,
+    ROOT,
+    SCRIPTS,
+    TINY,
+    environment,
+    load,
+    one_for_all,
+    stands_for_all,
+    tiny,
+    two_for_all,
+)
 
 import maml_trpo
 
@@ -103,6 +115,12 @@ def test_step_sizes_that_diverge(script, train):
     name = next(iter(flags[script.__name__]))
     with pytest.raises(SystemExit, match=r"^error: .* 1e\+300: is too large"):
         train(script, **{name: 1e300})
+
+
+@stands_for_all("pearl", "gmps")
+def test_a_machine_that_does_not_tell_its_memory(train, script, monkeypatch):
+    monkeypatch.delattr(os, "sysconf")  # as on Windows
+    train(script)
 
 
 @one_for_all
@@ -345,6 +363,10 @@ def test_a_checkpoint_imports_nothing_from_the_working_folder(tmp_path, monkeypa
     result = run([f"{tmp_path}/{file[3:]}", "--evaluate", folder], folder)
     assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
     assert "give --env-id foreign:Still-v0 too" in result.stderr
+    assert not (folder / "imported").exists()
+    others = [f"{tmp_path}/{file[3:]}", "--evaluate", folder, "--env-id", "PointRobot-v0"]
+    result = run(others, folder)
+    assert "give --env-id" not in result.stderr  # PointRobot needs no foreign.py
     assert not (folder / "imported").exists()
     result = run([file, "--evaluate", folder, *own], elsewhere)
     assert result.returncode == 0 and "held-out tasks" in result.stdout, result.stderr

@@ -782,6 +782,9 @@ def test_report_of_modes(capsys):
     names = {"return_mode_0", "return_mode_1"}
     assert module.mode_scores(returns, None, tasks, 2).keys() == names
     assert module.mode_scores(returns, None, tasks, 3).keys() == names  # no task has the third
+    assert module.mode_scores(returns[:, :1], embedding[:, :1], tasks[:1], 2).keys() == {
+        "return_mode_0"
+    }
     assert np.isnan(scores["return_mode_0"][:, 2:]).all()
 
 
@@ -840,10 +843,17 @@ def test_what_cannot_be(train, tmp_path, flags, line):
     assert not (tmp_path / "runs").exists()
 
 
-def test_modes_out_of_range(train, tmp_path):
+def test_modes_out_of_range(train, tmp_path, monkeypatch):
     line = "ProbeOneMode-v0: the last number of a task must be its mode, 0 to 0"
     with pytest.raises(SystemExit, match=f"^error: {line}"):
         train(oracle_mode=True, env_id="ProbeOneMode-v0")
+    sample = OneMode.sample_tasks
+    monkeypatch.setattr(
+        OneMode, "sample_test_tasks", lambda env, n: 0 * sample(env, n), raising=False
+    )
+    module.make_envs.cache_clear()
+    with pytest.raises(SystemExit, match=f"^error: {line}"):
+        train(oracle_mode=True, env_id="ProbeOneMode-v0", num_train_tasks=4)
     assert not (tmp_path / "runs").exists()
 
 

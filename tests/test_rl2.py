@@ -680,6 +680,20 @@ def test_more_minibatches_than_trials(train, tmp_path):
     with pytest.raises(SystemExit, match="error: --num-minibatches 9: more than the 8 trials"):
         train(rl2, num_minibatches=9)
     assert not (tmp_path / "runs").exists()
+    folder, _ = train(rl2)
+    train(rl2, evaluate=folder, meta_batch_size=1)
+
+
+def test_a_policy_of_choices_that_diverges():
+    """Its choices are finite, whatever they were drawn from."""
+    rows = {
+        "obs": torch.zeros(2, 3, 1),
+        "actions": torch.zeros(2, 3),
+        "logprobs": torch.zeros(2, 3),
+    }
+    rows["logprobs"][1, 2] = torch.nan
+    with pytest.raises(SystemExit, match=r"^error: the policy has diverged, its logprobs are not"):
+        rl2.require_finite(rows, np.zeros((2, 1)), 0, Args())
 
 
 # -------------------------------------------------------------------------------------------- the paper's task families
