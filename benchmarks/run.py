@@ -13,6 +13,7 @@ import argparse
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -60,6 +61,8 @@ def run(name: str, label: str, seed: int, command: list[str]) -> str:
     if process.returncode or last[0].startswith("stopped"):
         return f"{label}_{seed}: not finished ({last[0] if last else ''})"
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    told = shutil.which("git") and subprocess.run(git, capture_output=True, text=True)
+    commit = told.stdout.strip() if told else ""
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     if "--cuda" in flags:
         card = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -68,7 +71,7 @@ def run(name: str, label: str, seed: int, command: list[str]) -> str:
         )
     about = {
         "command": f"python {shlex.join([*command, '--seed', str(seed)])}",
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "commit": commit,
         "machine": machine,
         "seconds": f"{seconds:.0f}",
     }

@@ -4,16 +4,23 @@ import importlib
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 torch.set_num_threads(1)
+tqdm.set_lock(
+    threading.RLock()
+)  # its own is shared with forked children, which are killed while they hold it
+for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(name, None)  # of a cluster's job
 event_file_writer._global_uid = event_file_writer.AtomicCounter(
     10**6
 )  # files of one second are sorted by it, as text

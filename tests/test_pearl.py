@@ -1073,6 +1073,8 @@ def test_the_replay_is_large_enough(train):
 
 def in_two_ranks(body) -> list[int]:
     """body(rank) in two processes with the variables of torchrun; their exit codes."""
+    if torch.cuda.is_available():
+        pytest.skip("autograd's threads beside a GPU do not survive a fork")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -1089,7 +1091,7 @@ def in_two_ranks(body) -> list[int]:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(300)
     return [process.exitcode for process in processes]
 
 
