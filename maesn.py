@@ -1599,7 +1599,7 @@ class Run:
         """Ends the program with one line where the disk is full or the folder read-only."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch's, for a full disk
+        except (OSError, RuntimeError) as error:  # torch's own: a full disk
             reason = getattr(error, "strerror", None) or "the disk may be full"
             kept = os.path.isfile(self.folder / "checkpoint.pt")
             last = "; the last checkpoint is kept" if kept else ""

@@ -16,8 +16,9 @@ h adapts, and the weights are the learning algorithm. Each iteration:
     step ended an episode (on bandits every step). h is 0 at the start of the trial only.
 (3) Estimate advantages A (GAE) on the trial as one sequence: rewards of later episodes count,
     discounted, for the actions of earlier ones. Only the end of the trial is terminal.
-(4) For a minibatch of trials, run the network over each from h = 0, and back-propagate through it
-(5) the loss of PPO: clipped surrogate, value error, entropy. Step (Adam). Repeat (4) and (5).
+(4) For a minibatch of trials: run the network over each from h = 0.
+(5) Step (Adam) on the loss of PPO: clipped surrogate, value error, entropy; its gradient goes back
+    through whole trials. Repeat (4) and (5).
 (6) Meta-test: trials on held-out tasks with fixed weights, the return of episode 1, 2, ….
 
 Train:     python rl2.py
@@ -284,16 +285,14 @@ def ppo_loss(agent, batch, count, ent_coef, args) -> tuple[torch.Tensor, dict]:
     def mean(x):
         return (x * batch["mask"]).sum() / count
 
-    parts = {
-        "losses/pg_loss": -mean(gain),
-        "losses/value_loss": mean(0.5 * ((values - batch["returns"]) / agent.value_units.std) ** 2),
-        "losses/entropy": mean(policy.entropy()),
-        "losses/approx_kl": mean(ratio - 1 - logratio),  # Schulman's estimate
-        "losses/clipfrac": mean((ratio - 1).abs() > args.clip_coef),
-    }
-    pg_loss, value_loss, entropy, *_ = parts.values()
+    pg_loss = -mean(gain)
+    value_loss = mean(0.5 * ((values - batch["returns"]) / agent.value_units.std) ** 2)
+    entropy = mean(policy.entropy())
     loss = pg_loss + args.vf_coef * value_loss - ent_coef * entropy
-    return loss, {name: part.detach() for name, part in parts.items()}
+    parts = {"pg_loss": pg_loss, "value_loss": value_loss, "entropy": entropy}
+    parts["approx_kl"] = mean(ratio - 1 - logratio)  # Schulman's estimate
+    parts["clipfrac"] = mean((ratio - 1).abs() > args.clip_coef)
+    return loss, {f"losses/{name}": part.detach() for name, part in parts.items()}
 
 
 def ppo_steps(agent, optimizer, batch, orders, ent_coef, args) -> tuple[dict, torch.Tensor]:
@@ -1354,7 +1353,7 @@ class Run:
         """Ends the program with one line where the disk is full or the folder read-only."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch's, for a full disk
+        except (OSError, RuntimeError) as error:  # torch's own: a full disk
             reason = getattr(error, "strerror", None) or "the disk may be full"
             kept = os.path.isfile(self.folder / "checkpoint.pt")
             last = "; the last checkpoint is kept" if kept else ""

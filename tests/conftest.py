@@ -16,9 +16,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 torch.set_num_threads(1)
-tqdm.set_lock(
-    threading.RLock()
-)  # its own is shared with forked children, which are killed while they hold it
+# tqdm's own lock is shared with forked children, which may be killed while they hold it
+tqdm.set_lock(threading.RLock())
 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
     os.environ.pop(name, None)  # of a cluster's job
 event_file_writer._global_uid = event_file_writer.AtomicCounter(
@@ -110,6 +109,12 @@ def tiny(script, **flags):
 @pytest.fixture(params=SCRIPTS)
 def script(request):
     return importlib.import_module(request.param)
+
+
+def skip_beside_a_gpu():
+    """Of tests that fork: where torch finds a GPU, autograd has threads that do not survive it."""
+    if torch.cuda.is_available():
+        pytest.skip("forks, and this machine has a GPU")
 
 
 def stands_for_all(*names):

@@ -17,7 +17,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load
+from conftest import ROOT, load, skip_beside_a_gpu
 from plain import double_precision
 from torch.distributions import Independent, Normal, TransformedDistribution, kl_divergence
 from torch.distributions.transforms import TanhTransform
@@ -1073,8 +1073,7 @@ def test_the_replay_is_large_enough(train):
 
 def in_two_ranks(body) -> list[int]:
     """body(rank) in two processes with the variables of torchrun; their exit codes."""
-    if torch.cuda.is_available():
-        pytest.skip("autograd's threads beside a GPU do not survive a fork")
+    skip_beside_a_gpu()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -14,7 +14,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import LEAST, TINY, environment, load, one_for_all, tiny, two_for_all
+from conftest import (
+    LEAST,
+    TINY,
+    environment,
+    load,
+    one_for_all,
+    skip_beside_a_gpu,
+    tiny,
+    two_for_all,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -207,12 +216,6 @@ def test_a_checkpoint_is_never_half_written(script, train, monkeypatch):
     with pytest.raises(Crash):
         train(script, resume=folder, total_timesteps=640, checkpoint_every=1)
     assert same(state(folder), before)
-
-
-def skip_beside_a_gpu():
-    """Where torch finds one, autograd has threads that a fork does not survive."""
-    if torch.cuda.is_available():
-        pytest.skip("forks, and this machine has a GPU")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

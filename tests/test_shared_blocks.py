@@ -43,7 +43,7 @@ OWN_LINES = dict.fromkeys(ALL, 430)  # above the ruler
 OWN_LINES["maml_trpo.py"] = 356  # 330, and --inner-loss lvc-std, what graphs call
 OWN_LINES["maesn.py"] = 440  # nine steps, and the policy's weights may adapt too
 OWN_LINES["mmaml.py"] = 458  # an encoder, a function of the whole update, and Discrete actions
-OWN_LINES["rl2.py"] = 442  # trials carry a state, so that collect is its own; units of rewards move
+OWN_LINES["rl2.py"] = 441  # trials carry a state, so that collect is its own; units of rewards move
 OWN_LINES["pearl.py"] = 440  # phases, a warm-up, and contexts over several iterations
 # Bytes, which density cannot cheat. The aim was 52 to 63 kB. What has come on top: damaged,
 # crafted and foreign checkpoints, torchrun's variables, full disks and closed pipes, ranks that
