@@ -4,9 +4,10 @@ pip install metaworld, and lay this file beside the script or into the working f
     python maml_trpo.py --env-id ML1-reach-v3 --meta-batch-size 10 --episodes-per-task 5
 
 Goals are hidden, success is in info, and training and held-out tasks are the benchmark's own.
-Rewards are Meta-World's V2; ML10-reward-v1 and so on have V1. Lanes are spread over as many
-processes as torch has threads (--num-threads); how many changes no number. Experts, for gmps.py,
-are Meta-World's scripted policies. More in docs/metaworld.md.
+Rewards are Meta-World's V2; ML10-reward-v1 and so on have V1. In ML1-reach-v3-same-start, and so
+for push and pick-place, the object begins in one place, and does not tell tasks apart. Lanes are
+spread over as many processes as torch has threads (--num-threads); how many changes no number.
+Experts, for gmps.py, are Meta-World's scripted policies. More in docs/metaworld.md.
 """
 
 from __future__ import annotations
@@ -43,6 +44,15 @@ def benchmark(env_id: str):
     if env_id.startswith("ML1-"):
         return metaworld.ML1(env_id.removeprefix("ML1-"), seed=0)
     return getattr(metaworld, env_id)(seed=0)
+
+
+def from_same_start(task):
+    """A task of reach, push or pick-place with its object where these classes have it at first, as
+    it was in all tasks of Meta-World's first version. The goal stays.
+    """
+    data = pickle.loads(task.data)
+    data["rand_vec"] = np.concatenate([[0, 0.6, 0.02], data["rand_vec"][3:]])
+    return task._replace(data=pickle.dumps(data))
 
 
 class Simulators:
@@ -116,7 +126,7 @@ class MetaWorldEnvs(gym.vector.VectorEnv):
     here: ClassVar = Simulators()  # of all objects, as are the helpers
     helpers: ClassVar = []
 
-    def __init__(self, env_id: str, num_envs: int, reward: str = "v2"):
+    def __init__(self, env_id: str, num_envs: int, reward: str = "v2", same_start: bool = False):
         import metaworld.policies
         import torch
 
@@ -127,6 +137,8 @@ class MetaWorldEnvs(gym.vector.VectorEnv):
         self.single_action_space = gym.spaces.Box(-1, 1, (4,), np.float64)
         self.policies = metaworld.policies.ENV_POLICY_MAP
         self.splits = (benchmark(env_id).train_tasks, benchmark(env_id).test_tasks)
+        if same_start:
+            self.splits = [[from_same_start(task) for task in tasks] for tasks in self.splits]
         self.processes = max(1, min(torch.get_num_threads(), num_envs // 4))  # this one counts
         self.goals = {}
 
@@ -216,6 +228,9 @@ for name in [*(f"ML1-{task}-v3" for task in METAWORLD_TASKS), "ML10", "ML25", "M
     for end, reward in ("", "v2"), ("-reward-v1", "v1"):
         given = {"env_id": name, "reward": reward}
         gym.register(name + end, vector_entry_point=MetaWorldEnvs, kwargs=given)
+for name in "ML1-reach-v3", "ML1-push-v3", "ML1-pick-place-v3":
+    given = {"env_id": name, "same_start": True}
+    gym.register(f"{name}-same-start", vector_entry_point=MetaWorldEnvs, kwargs=given)
 
 if __name__ == "__main__":
     serve()

@@ -17,6 +17,7 @@ import numpy as np
 
 def main(script: str, folder: str, *flags: str) -> dict[str, float]:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    script = script.removesuffix(".py")
     module = importlib.import_module(script)
     args = module.parse(module.Args, ["--evaluate", folder, *flags])
     if script == "rl2":

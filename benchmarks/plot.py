@@ -278,7 +278,7 @@ def classes(npz: str, env_id: str = ""):
     if not env_id:
         checkpoint = torch.load(Path(npz).parent / "checkpoint.pt", weights_only=True)
         env_id = checkpoint["args"]["env_id"]
-    of = benchmark(env_id.rpartition(":")[2].removesuffix("-reward-v1"))
+    of = benchmark(re.sub(r".*:|-reward-v1$|-same-start$", "", env_id))
     with np.load(npz) as file:
         success, rows = file["success"], file["tasks"].astype(int)  # (K + 1, M), (M, 2)
     rows, which = np.unique(rows, axis=0, return_inverse=True)
