@@ -14,8 +14,8 @@ Of the evaluation.npz that --evaluate writes to a run's folder:
     python benchmarks/plot.py episodes PNG NPZ     episodes in the plane, before and after adaptation (maesn.py)
     python benchmarks/plot.py embedding PNG NPZ    embeddings of the tasks, by mode (mmaml.py)
 
-A CSV's label is its name up to _SEED.csv. Over seeds: the interquartile mean and its 95% bootstrap interval (Agarwal et
-al. 2021, arXiv 2108.13264). Only the figures need matplotlib.
+A CSV's label is its name up to _SEED.csv or _SEED_stopped.csv. Over seeds: the interquartile mean and its 95% bootstrap
+interval (Agarwal et al. 2021, arXiv 2108.13264). Only the figures need matplotlib.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def by_label(paths: list[str]) -> dict[str, list[dict[str, np.ndarray]]]:
     """The runs of each label, in the order of the paths."""
     runs = defaultdict(list)
     for path in paths:
-        runs[re.sub(r"_\d+$", "", Path(path).stem)].append(read(path))
+        runs[re.sub(r"_\d+(_stopped)?$", "", Path(path).stem)].append(read(path))
     return runs
 
 
@@ -160,11 +160,11 @@ def curves(png: str, tag: str, paths: list[str]):
     """One panel; steps on a logarithmic axis."""
     plt = pyplot()
 
-    fig, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    fig, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     labels = by_label(paths)
     draw(axes, labels, list(labels), tag)
     axes.set(ylabel=tag)
-    axes.legend(frameon=False, title="label (seeds)")
+    fig.legend(frameon=False, title="label (seeds)", loc="outside right upper")
     save(fig, png)
 
 
