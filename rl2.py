@@ -315,7 +315,7 @@ def ppo_steps(agent, optimizer, batch, orders, ent_coef, args) -> tuple[dict, to
             norms += nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
             logged.append(parts)
-    means = {name: all_reduce(torch.stack([x[name] for x in logged]).mean()) for name in parts}
+    means = {name: all_reduce(torch.stack([x[name] for x in logged]).mean()) for name in logged[0]}
     return means, norms
 
 

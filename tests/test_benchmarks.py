@@ -112,7 +112,7 @@ def test_statistics(tmp_path, capsys):
     low, high = plot.interval(x, draws=300)
     assert (low < plot.iqm(x)).all() and (plot.iqm(x) < high).all()
     assert 0.88 < ((low < 0) & (0 < high)).mean() < 1
-    for seed, last in ((1, 5.0), (2, 7.0)):
+    for seed, last in (("1", 5.0), ("2_stopped", 7.0)):
         rows = f"# seconds: 3\nglobal_step,eval/a,eval/b\n10,1,2\n20,3,\n30,{last},4\n"
         (tmp_path / f"x_{seed}.csv").write_text(rows)
     paths = sorted(map(str, tmp_path.glob("*.csv")))
@@ -163,7 +163,7 @@ def test_training_tasks(train):
         expected = envs.sample_tasks(6, np.random.default_rng([0, 0]))
         assert np.array_equal(file["tasks"], expected)
     folder, _ = train(rl2, env_id="Bandit2Arms3-v0", horizon=0, num_eval_steps=0)
-    on_training_tasks.main("rl2", str(folder))
+    on_training_tasks.main("rl2.py", str(folder))
 
 
 def test_both_scores(train):
