@@ -202,8 +202,7 @@ def policies(policy, params, obs) -> torch.Tensor:
 def episode_advantages(batch, args) -> torch.Tensor:
     """(3) Â (N, E): discounted returns less the baseline at the start, standardised per task.
 
-    0 where all returns of a task are equal: what is left of them is rounding, and there is nothing
-    to adapt to.
+    0 where a task's returns are equal: what is left of them is rounding.
     """
     returns = discounted_sum(batch["rewards"], args.gamma)
     baseline = linear_baseline(batch["obs"], returns, batch["mask"])
@@ -233,8 +232,7 @@ def collect(params, tasks, key, policy, args, test=False, deterministic=False) -
     z = latent(phi, eps)
     batch = rollout(policy.act, (theta, phi, z), tasks, episodes, key, args, deterministic)
     batch["rewards"] = batch[f"{args.test_reward if test else args.train_reward}_rewards"]
-    batch["eps"] = eps
-    batch["z"] = z
+    batch |= {"eps": eps, "z": z}
     batch["episode_advantages"] = episode_advantages(batch, args)
     batch["advantages"] = standardised_advantages(batch, args)
     batch["dist_params"] = policies(policy, (theta, phi, z.unsqueeze(2)), batch["obs"])
@@ -361,13 +359,10 @@ def evaluate(meta, tasks, policy, args) -> tuple[dict, dict]:
 def main(args: Args) -> dict[str, float]:
     """Train, resume or only evaluate; returns the last value of every eval/* and charts/* tag."""
     args, device, checkpoint = setup(args)
-    if not args.num_train_tasks:
-        fail("--num-train-tasks 0: each training task has its own latent, there must be a set")
-    if args.latent_dim == 1 and args.normalise_latent:  # z / |z| is ±1 and has no gradient
-        fail("--latent-dim 1: z would be a sign: give --latent-dim 2 or --no-normalise-latent")
+    check_flags(args)
     envs, train_tasks, test_tasks = make_tasks(args)
 
-    # meta-parameters: the policy's weights, the table of latents, and the logarithms of step sizes
+    # meta-parameters: the policy's weights, the table of latents, logarithms of step sizes
     policy = Policy(envs.single_observation_space.shape[0], envs.single_action_space, args)
     meta = {name: p.detach() for name, p in policy.named_parameters()}
     step_sizes = {}
@@ -1798,6 +1793,15 @@ def report(scores: dict, tasks: np.ndarray, args, episodes: dict | None = None) 
 
 
 # <<< shared: run
+
+
+def check_flags(args):
+    """End the program if there are no latents to learn."""
+    if not args.num_train_tasks:
+        fail("--num-train-tasks 0: each training task has its own latent")
+    if args.latent_dim == 1 and args.normalise_latent:  # no gradient
+        fail("--latent-dim 1: z would be a sign: give --latent-dim 2 or --no-normalise-latent")
+
 
 main = guarded()(main)
 

@@ -397,15 +397,9 @@ def evaluate(agent, tasks, num_modes, args) -> tuple[dict, dict]:
 def main(args: Args) -> dict[str, float]:
     """Train, resume or only evaluate; returns the last value of every eval/* and charts/* tag."""
     args, device, checkpoint = setup(args)
-    if args.no_modulation and args.oracle_mode:
-        fail("--no-modulation and --oracle-mode exclude each other")
     envs, train_tasks, test_tasks = make_tasks(args)
     num_modes = getattr(envs, "num_modes", 0)
-    if args.oracle_mode and not num_modes:
-        fail(f"--oracle-mode: {args.env_id} is no family with modes (see docs/tasks.md)")
-    known = np.concatenate([modes_of(tasks) for tasks in (train_tasks, test_tasks) if len(tasks)])
-    if args.oracle_mode and not set(known) <= set(range(num_modes)):
-        fail(f"{args.env_id}: the last number of a task must be its mode, 0 to {num_modes - 1}")
+    check_flags(num_modes, [train_tasks, test_tasks], args)
 
     # the policy, and what modulates it
     obs_size = envs.single_observation_space.shape[0]
@@ -1717,7 +1711,7 @@ def report(scores: dict, tasks: np.ndarray, args, episodes: dict | None = None) 
 # <<< shared: run
 
 # ==================================================================================================
-# Scores by mode, which only this script has.
+# Scores by mode and checks of flags, which only this script has.
 # ==================================================================================================
 
 
@@ -1740,6 +1734,19 @@ def mode_scores(returns, embedding, tasks, num_modes) -> dict[str, np.ndarray]:
     for mode in np.intersect1d(modes, range(num_modes)).astype(int):
         scores[f"return_mode_{mode}"] = np.where(modes == mode, returns, np.nan)
     return scores
+
+
+def check_flags(num_modes: int, known_tasks: list, args):
+    """End the program if flags exclude each other, or a mode is to be told and tasks have none."""
+    if not args.oracle_mode:
+        return
+    if args.no_modulation:
+        fail("--no-modulation and --oracle-mode exclude each other")
+    if not num_modes:
+        fail(f"--oracle-mode: {args.env_id} is no family with modes (see docs/tasks.md)")
+    modes = np.concatenate([modes_of(tasks) for tasks in known_tasks if len(tasks)])
+    if not set(modes) <= set(range(num_modes)):
+        fail(f"{args.env_id}: the last number of a task must be its mode, 0 to {num_modes - 1}")
 
 
 main = guarded()(main)

@@ -118,6 +118,7 @@ class Args:
     learning_rate: float = 1e-3  # step size of Adam, for all networks
     anneal: tyro.conf.DisallowNone[bool | None] = None  # learning_rate falls linearly to 0 (unset: False, True, False)
     tau: float = 0.005  # share of the critics in the targets, per gradient step
+    normalize_obs: bool = False  # give networks observations in units measured in the initial collection
     reward_scale: float | None = None  # factor on the critics' reward (unset: measured, about 1.0, 1.0, 5.0)
     temperature: float | None = None  # weight of the entropy for critics and actor (unset: 0.01, 0.01, 1.0)
     kl_weight: float | None = None  # weight of N times the mean KL in the critics' loss (unset: 1e-4, 1e-5, 0.1)
@@ -152,23 +153,29 @@ class Agent(nn.Module):
         self.latent_size = args.latent_size
         self.encoder = MLP(self.context_width, args.encoder_size, 2 * args.latent_size)
         self.sac = SoftActorCritic(obs_size, action_size, args.latent_size, args.hidden_size)
-        # what main measures; until then rewards are 0 in a context
+        # what main measures; until then a column of unknown units is 0 to the networks
         self.register_buffer("reward_scale", torch.tensor(args.reward_scale or 1.0))
-        self.register_buffer("context_units", torch.ones(self.context_width))
-        self.context_units[obs_size + action_size] = torch.inf
+        self.register_buffer("means", torch.zeros(sum(self.columns.values())))
+        self.register_buffer("units", torch.ones_like(self.means))
+        for name in ["context_rewards"] + ["obs", "next_obs"] * args.normalize_obs:
+            from_rows(self.units, self.columns)[name].fill_(torch.inf)
 
     def prior(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The belief about n tasks of which nothing is known."""
-        mean = next(self.parameters()).new_zeros(n, self.latent_size)
-        return mean, torch.ones_like(mean)
+        return self.means.new_zeros(n, self.latent_size), self.means.new_ones(n, self.latent_size)
+
+    def in_units(self, rows: torch.Tensor) -> torch.Tensor:
+        """What networks are given for rows (..., W), or for their first columns: obs, a context."""
+        width = rows.shape[-1]
+        return (rows - self.means[:width]) / self.units[:width]
 
     def infer(self, rows, mask) -> tuple[torch.Tensor, torch.Tensor]:
         """(3) The belief given contexts: rows (N, C, W) and their mask (N, C)."""
-        return belief(self.encoder(rows[..., : self.context_width] / self.context_units), mask)
+        return belief(self.encoder(self.in_units(rows[..., : self.context_width])), mask)
 
     def act(self, z, obs, noise) -> torch.Tensor:
         """rollout's callback: actions (N, E, A), given z (N, E, Z), on obs (N, E, O)."""
-        return self.sac.act(obs, z, noise)[0]
+        return self.sac.act(self.in_units(obs), z, noise)[0]
 
 
 def belief(factors, mask) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,17 +231,18 @@ class Experience:
         return self.replay.gather(ids, first + offset), mask
 
     def draw_batch(self, generator, args) -> tuple:
-        """(2) Of this rank's share of N tasks: transitions (N, B, ...) by name, contexts (N, C, W),
-        their mask (N, C), and normal noise for z (N, Z) and two actions (N, B, A).
+        """(2) Of this rank's share of N tasks: transitions (N, B, W), contexts (N, C, W), their
+        mask (N, C), and normal noise for z (N, Z) and two actions (N, B, A).
         """
         n = args.meta_batch_size // ranks()[1]
         random = {"generator": generator, "device": self.window.device}
         ids = torch.rand(len(self.window), **random).topk(n).indices
-        batch = from_rows(self.replay.sample(ids, args.batch_size, generator), self.columns)
+        rows = self.replay.sample(ids, args.batch_size, generator)
         context, mask = self.draw_context(ids, generator, args)
         noise = [torch.randn(n, args.latent_size, **random)]
-        noise += [torch.randn(batch["actions"].shape, **random) for _ in range(2)]
-        return batch, context, mask, noise
+        shape = (*rows.shape[:2], self.columns["actions"])
+        noise += [torch.randn(shape, **random) for _ in range(2)]
+        return rows, context, mask, noise
 
 
 @torch.no_grad()
@@ -294,8 +302,9 @@ LOSSES = ["qf_loss", "qf_values", "kl", "posterior_std", "actor_loss", "entropy"
 
 def gradient_step(agent, optimizers, experience, generator, args) -> torch.Tensor:
     """(2)-(6) One step of all networks, on what it draws; returns the values of LOSSES."""
-    batch, context, mask, noise = experience.draw_batch(generator, args)
+    rows, context, mask, noise = experience.draw_batch(generator, args)
     z_noise, next_noise, action_noise = noise
+    batch = from_rows(agent.in_units(rows), agent.columns)
 
     # (3) one z per task
     mean, variance = agent.infer(context, mask)
@@ -327,11 +336,7 @@ def gradient_steps(agent, optimizers, experience, times, lr, key, args) -> dict[
     total = sum(step(agent, optimizers, experience, generator, args) for _ in range(times))
     means = all_reduce(total / times) / ranks()[1]
     losses = dict(zip(LOSSES, means.tolist(), strict=True))
-    bad = [f"{name} {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
-    if bad or not parameters_to_vector(agent.parameters()).isfinite().all():
-        what = ", ".join(bad) or "networks are not finite"
-        advice = f"try a smaller --learning-rate ({args.learning_rate}) or --reward-scale"
-        fail(f"training diverged in iteration {key[1]}, {what}: {advice}")
+    require_convergence(losses, agent, key[1], args)
     return {f"losses/{name}": loss for name, loss in losses.items()}
 
 
@@ -380,13 +385,10 @@ def main(args: Args) -> dict[str, float]:
     num_tasks = len(experience.tasks)
     num_picked = args.picked_tasks // num_ranks
     at_first = math.ceil(num_tasks / num_picked)  # iterations of the initial collection
-    saved = checkpoint.get("optimizers", {"critics": None, "actor": None})
+    saved = checkpoint.get("optimizers", {})
     critics = [*agent.sac.critics.parameters(), *agent.encoder.parameters()]  # learn together
-    actor = agent.sac.actor.parameters()
-    optimizers = {
-        "critics": adam(critics, args.learning_rate, args, saved["critics"]),
-        "actor": adam(actor, args.learning_rate, args, saved["actor"]),
-    }
+    learn = {"critics": critics, "actor": [*agent.sac.actor.parameters()]}
+    optimizers = {k: adam(p, args.learning_rate, args, saved.get(k)) for k, p in learn.items()}
 
     with Run(args, checkpoint) as run:
         if checkpoint:
@@ -412,7 +414,7 @@ def main(args: Args) -> dict[str, float]:
 
             # (2)-(6) gradient steps, from the end of the initial collection on
             if run.iteration == at_first:
-                set_unit(agent, reward_unit(experience.replay, experience.columns), args)
+                set_units(agent, experience.replay, args)
             losses = {}
             if run.iteration >= at_first:
                 times = args.warmup_gradient_steps if warming_up else args.gradient_steps
@@ -1770,13 +1772,13 @@ BY_KIND = {  # what a flag is if it is not given: on SparsePointRobot-v0, on oth
 USUAL_REWARDS = [(0.2, 1), (0.5, 1), (1, 5)]  # the unit where a reward scale was found, and that
 
 
-def kind_of_tasks(args: Args) -> int:
+def kind_of_tasks(args) -> int:
     if args.env_id in POINT_FAMILIES:
         return 0 if args.env_id.startswith("Sparse") else 1
     return 2
 
 
-def with_defaults(args: Args) -> Args:
+def with_defaults(args):
     """args with values for what is unset, but for what is measured."""
     sparse = args.env_id.startswith("Sparse")
     kind = kind_of_tasks(args)
@@ -1787,13 +1789,32 @@ def with_defaults(args: Args) -> Args:
     return replace(args, **{name: x for name, x in values.items() if getattr(args, name) is None})
 
 
-def set_unit(agent: Agent, unit: torch.Tensor, args: Args):
-    """Rewards are in this unit () for contexts and, without --reward-scale, for the critics."""
+def set_units(agent: Agent, replay: Replay, args):
+    """Measure the replays of all ranks: rewards, for contexts and, without --reward-scale, for the
+    critics; and with --normalize-obs observations.
+    """
     usual, scale = USUAL_REWARDS[kind_of_tasks(args)]
-    agent.context_units[agent.columns["obs"] + agent.columns["actions"]] = unit / usual
+    unit = reward_unit(replay, agent.columns)
+    means, units = (from_rows(x, agent.columns) for x in (agent.means, agent.units))
+    units["context_rewards"].fill_(unit / usual)
     if args.reward_scale is None:
         agent.reward_scale.copy_(scale * usual / unit)
     show(f"reward_scale {agent.reward_scale:.3g}")
+    if args.normalize_obs:
+        mean, std = moments(from_rows(replay.rows[replay.filled()], agent.columns)["obs"].double())
+        std = std.clamp(min=std.max() / 10)  # or what hardly moves at first would become large
+        for name in ("obs", "next_obs"):
+            means[name].copy_(mean)
+            units[name].copy_(torch.where(std > 0, std, 1))
+
+
+def require_convergence(losses, agent, iteration: int, args):
+    """End the program if a loss or a network is not finite."""
+    bad = [f"{name} {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
+    if bad or not parameters_to_vector(agent.parameters()).isfinite().all():
+        what = ", ".join(bad) or "networks are not finite"
+        advice = f"try a smaller --learning-rate ({args.learning_rate}) or --reward-scale"
+        fail(f"training diverged in iteration {iteration}, {what}: {advice}")
 
 
 def whole_rounds(args) -> list[int]:

@@ -373,9 +373,7 @@ def evaluate(agent, tasks, args) -> tuple[dict, dict]:
 def main(args: Args) -> dict[str, float]:
     """Train, resume or only evaluate; returns the last value of every eval/* and charts/* tag."""
     args, device, checkpoint = setup(args, with_defaults)
-    trials = args.meta_batch_size // ranks()[1]
-    if args.num_minibatches > trials and not args.evaluate:
-        fail(f"--num-minibatches {args.num_minibatches}: more than the {trials} trials of a rank")
+    check_flags(args)
     register_own(args.env_id)
     envs, train_tasks, test_tasks = make_tasks(args)
 
@@ -1553,7 +1551,8 @@ def report(scores: dict, tasks: np.ndarray, args, episodes: dict | None = None) 
 
 # <<< shared: run
 # ==================================================================================================
-# Steps of lanes that remember, and the task families of the RL² paper, which only this script has.
+# Steps of lanes that remember, the RL² paper's task families, defaults by the kind of tasks and
+# checks of flags, which only this script has.
 # ==================================================================================================
 
 
@@ -1735,6 +1734,13 @@ def with_defaults(args: Args) -> Args:
         scores = args.episodes_per_task // max(1, args.eval_episodes)
         args.num_eval_steps = max(0, scores - 1)
     return args
+
+
+def check_flags(args):
+    """End the program if a minibatch would be empty."""
+    trials = args.meta_batch_size // ranks()[1]
+    if args.num_minibatches > trials and not args.evaluate:
+        fail(f"--num-minibatches {args.num_minibatches}: more than the {trials} trials of a rank")
 
 
 main = guarded()(main)

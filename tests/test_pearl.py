@@ -43,7 +43,7 @@ def settings(**changes):
 def make_agent(obs_size=2, action_size=2, **changes):
     """An agent with a reward scale of 5 and contexts of raw rewards."""
     agent = module.Agent(obs_size, action_size, settings(**changes))
-    agent.context_units.fill_(1)
+    agent.units.fill_(1)
     return agent
 
 
@@ -87,7 +87,7 @@ def optimizers(agent, lr=3e-4):
 
 
 def draws(agent, seed=1, n=N):
-    """What draw_batch returns, made up."""
+    """What draw_batch returns, made up; transitions by name."""
     torch.manual_seed(seed)
     batch = {name: torch.randn(n, B, size) for name, size in agent.columns.items()}
     batch["terminated"] = (batch["terminated"] > 1).float()
@@ -98,7 +98,9 @@ def draws(agent, seed=1, n=N):
 
 def step(agent, optimizers, drawn, args):
     """gradient_step on these draws."""
-    given = SimpleNamespace(draw_batch=lambda generator, args: drawn)
+    batch, *rest = drawn
+    rows = torch.cat([*batch.values()], -1)
+    given = SimpleNamespace(draw_batch=lambda generator, args: (rows, *rest))
     return module.gradient_step(agent, optimizers, given, None, args)
 
 
@@ -618,7 +620,8 @@ def test_sparse_rewards_are_for_the_context_only(monkeypatch):
     torch.testing.assert_close(of["context_rewards"], sparse)
     assert all(torch.equal(batch["rewards"], batch["sparse_rewards"]) for batch in rounds)
     generator = torch.Generator().manual_seed(0)
-    batch, context, _, _ = experience.draw_batch(generator, settings(**flags))
+    rows, context, _, _ = experience.draw_batch(generator, settings(**flags))
+    batch = module.from_rows(rows, experience.columns)
     assert (batch["dense_rewards"] < 0).all() and (context[..., 4] >= 0).all()
 
 
@@ -775,12 +778,16 @@ def test_every_episode_has_a_z_of_its_own(lively):
 # --------------------------------------------------------------------------------- units of rewards
 
 
-def replay_of(rewards):
-    """A replay of one task with these dense rewards, and its columns."""
-    columns = {"obs": 2, "dense_rewards": 1}
-    replay = module.Replay(1, 2 * len(rewards), 3, CPU, "--size")
-    rows = torch.cat([torch.randn(len(rewards), 2), rewards.unsqueeze(-1)], -1)
-    replay.add(torch.tensor([0]), rows.unsqueeze(0), torch.ones(1, len(rewards)))
+def replay_of(rewards, columns=None, obs=None):
+    """A replay of one task with these dense rewards and observations, and its columns."""
+    columns = columns or {"obs": 2, "dense_rewards": 1}
+    n = len(rewards)
+    given = {"obs": obs, "dense_rewards": rewards.unsqueeze(-1)}
+    parts = [given.get(name) for name in columns]
+    sizes = columns.values()
+    rows = [torch.randn(n, w) if x is None else x for x, w in zip(parts, sizes, strict=True)]
+    replay = module.Replay(1, 2 * n, sum(sizes), CPU, "--size")
+    replay.add(torch.tensor([0]), torch.cat(rows, -1).unsqueeze(0), torch.ones(1, n))
     return replay, columns
 
 
@@ -831,7 +838,8 @@ def test_what_a_unit_sets(lively, env_id, usual, scale):
         before = agent.infer(rows, mask)
         # the reward is not told before its unit is known
         torch.testing.assert_close(before, agent.infer(other, mask), rtol=0, atol=0)
-        module.set_unit(agent, torch.tensor(3 * usual), args)
+        rewards = 3 * usual * torch.tensor([-1.0, 1.0])
+        module.set_units(agent, replay_of(rewards, agent.columns)[0], args)
         assert agent.reward_scale.item() == pytest.approx(found)
         torch.testing.assert_close(agent.infer(other, mask), expected)
 
@@ -845,15 +853,16 @@ def test_the_unit_is_that_of_the_initial_collection(train):
     assert all(len(own) > 20 for own in rows)
     rewards = torch.cat([own[:20] for own in rows])[:, 7]  # obs, actions, context reward, next_obs
     std = rewards.std(correction=0)
-    torch.testing.assert_close(state["agent"]["context_units"][4], std / 0.5)
+    torch.testing.assert_close(state["agent"]["units"][4], std / 0.5)
     torch.testing.assert_close(state["agent"]["reward_scale"], 0.5 / std)
     train(module, resume=folder, total_timesteps=640)
-    for name in ("reward_scale", "context_units"):
+    for name in ("reward_scale", "units"):
         assert torch.equal(load(folder)["agent"][name], state["agent"][name])
     folder, _ = train(module, reward_scale=7.0, **flags)
     agent = load(folder)["agent"]
     assert agent["reward_scale"] == 7
-    assert torch.equal(agent["context_units"], state["agent"]["context_units"])
+    assert torch.equal(agent["units"], state["agent"]["units"])
+    assert not agent["means"].any() and (agent["units"] != 1).sum() == 1  # observations as they are
 
 
 class Paid(module.PointEnvs):
@@ -885,9 +894,66 @@ def test_learning_does_not_depend_on_the_unit_of_rewards(train, double, pay, tra
         flags = {"env_id": env_id, "train_reward": train_reward, "gradient_steps": 20}
         folder, metrics = train(module, total_timesteps=5 * 160, **flags)
         agent = load(folder)["agent"]
-        measured = agent.pop("reward_scale") * unit, agent.pop("context_units")[4] / unit
+        measured = agent.pop("reward_scale") * unit, agent.pop("units")[4] / unit
         runs.append((agent, measured, metrics["eval/return"] / unit))
     torch.testing.assert_close(runs[1], runs[0], atol=0, rtol=1e-6)
+
+
+def test_observations_in_units():
+    """Mean 0 and standard deviation 1, but for what hardly moves: a tenth of the largest is its unit."""
+    for spreads, units in (
+        ([3.0, 1.0, 0.01, 0.0], [3, 1, 0.3, 0.3]),
+        ([0.0, 0.0, 0.0, 0.0], [1, 1, 1, 1]),
+    ):
+        agent = module.Agent(4, 2, settings(normalize_obs=True))
+        obs = torch.randn(500, 4)
+        obs = (obs - obs.mean(0)) / obs.std(0, correction=0) * torch.tensor(spreads) + 5
+        replay, columns = replay_of(torch.randn(500), agent.columns, obs)
+        module.set_units(agent, replay, settings(normalize_obs=True))
+        rows = replay.rows[replay.filled()]
+        given = module.from_rows(agent.in_units(rows), columns)
+        stored = module.from_rows(rows, columns)
+        torch.testing.assert_close(given["obs"], (obs - 5) / torch.tensor(units), atol=1e-5, rtol=0)
+        next_obs = (stored["next_obs"] - 5) / torch.tensor(units)
+        torch.testing.assert_close(given["next_obs"], next_obs, atol=1e-5, rtol=1e-5)
+        for name in ("actions", "dense_rewards", "terminated"):
+            assert torch.equal(given[name], stored[name])
+        # what acts and what infers are given the same
+        torch.testing.assert_close(agent.in_units(rows[:, :4]), given["obs"])
+        torch.testing.assert_close(agent.in_units(rows[:, :7])[:, :4], given["obs"])
+
+
+class Moved(module.PointEnvs):
+    """PointRobot-v0, its observations in other units and from another origin."""
+
+    def __init__(self, scale, origin, num_envs):
+        self.scale = torch.tensor(scale)
+        self.origin = origin
+        super().__init__("PointRobot-v0", num_envs)
+
+    def _obs(self):
+        return super()._obs() * self.scale + self.origin
+
+
+@pytest.mark.parametrize("normalize_obs", [True, False])
+def test_learning_does_not_depend_on_the_units_of_observations(train, double, normalize_obs):
+    """With --normalize-obs: the same parameters, and so the same play, after the initial collection."""
+    runs = []
+    for scale, origin in (([1.0, 1.0], 0), ([30.0, 10.0], -7)):
+        env_id = f"Moved_{scale[0]:g}-v0"
+        if env_id not in gym.registry:
+            given = {"scale": scale, "origin": origin}
+            gym.register(env_id, vector_entry_point=Moved, kwargs=given)
+        flags = {"env_id": env_id, "gradient_steps": 20, "normalize_obs": normalize_obs}
+        flags |= {"context_next_obs": True, "initial_steps": 20, "picked_tasks": 8}
+        folder, metrics = train(module, total_timesteps=5 * 160, num_train_tasks=8, **flags)
+        agent = load(folder)["agent"]
+        del agent["means"], agent["units"]
+        runs.append((agent, metrics["eval/return"]))
+    if normalize_obs:
+        torch.testing.assert_close(runs[1], runs[0], atol=0, rtol=1e-6)
+    else:
+        assert runs[0][1] != pytest.approx(runs[1][1], rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------- flags
