@@ -225,8 +225,7 @@ def collect(params, tasks, key, policy, args, test=False, deterministic=False) -
     """
     theta, phi = params
     episodes = args.eval_episodes if test else args.episodes_per_task
-    purpose, *numbers = key
-    generator = keyed_generator(args, f"latents of {purpose}", *numbers)
+    generator = keyed_generator(args, f"latents of {key[0]}", *key[1:])
     size = (len(tasks), episodes, args.latent_dim)
     eps = torch.randn(size, generator=generator, device=generator.device)
     z = latent(phi, eps)
@@ -246,8 +245,7 @@ def inner_loss(phi, theta, batch, policy) -> torch.Tensor:
     constant; with weights in φ (--adapt-policy) plus maml_trpo.py's lvc loss of the actions.
     """
     density = Normal(phi["mu"], phi["log_sigma"].exp(), validate_args=False)
-    log_density = density.log_prob(batch["z"]).sum(-1)
-    loss = -(log_density * batch["episode_advantages"]).mean()
+    loss = -(density.log_prob(batch["z"]).sum(-1) * batch["episode_advantages"]).mean()
     if phi.keys() & theta.keys():
         dist_params = behave(phi, theta, batch["obs"], batch["z"].unsqueeze(1), policy)
         ratio = probability_ratio(dist_params, batch, policy.discrete)
@@ -321,9 +319,8 @@ def evaluate(meta, tasks, policy, args) -> tuple[dict, dict]:
     """(9) Meta-test on tasks (M, K): scores before and after each of num_eval_steps adaptations.
 
     Returns {"return": (num_eval_steps + 1, M), ...}, means over a task's episodes, and the first
-    tasks' episodes; "found" is whether any of the episodes adapted to so far was a success. Every
-    meta-test makes the same draws. Only sampled episodes are adapted to; those of
-    --deterministic-eval are extra.
+    tasks' episodes. Every meta-test makes the same draws. Only sampled episodes are adapted to;
+    those of --deterministic-eval are extra.
     """
     theta, table, learned = split(meta)
     # α shrink from the third step on, LatentSpace's constant ones from the fourth (original)
@@ -350,10 +347,7 @@ def evaluate(meta, tasks, policy, args) -> tuple[dict, dict]:
                 shrunk = {name: alpha * decay for name, alpha in step_sizes.items()}
                 phi = graphed(inner_steps, args)(phi, theta, batch, shrunk, policy)
     scores = stack_scores(scores, len(tasks))
-    if "success" in scores:
-        hits = np.maximum.accumulate(scores.get("sampled_success", scores["success"]) > 0)
-        scores["found"] = np.concatenate([np.zeros_like(hits[:1]), hits[:-1]]).astype(float)
-    return scores, episodes
+    return scores | found_so_far(scores), episodes
 
 
 def main(args: Args) -> dict[str, float]:
@@ -362,7 +356,7 @@ def main(args: Args) -> dict[str, float]:
     check_flags(args)
     envs, train_tasks, test_tasks = make_tasks(args)
 
-    # meta-parameters: the policy's weights, the table of latents, logarithms of step sizes
+    # meta-parameters: weights, the table of latents, logarithms of step sizes
     policy = Policy(envs.single_observation_space.shape[0], envs.single_action_space, args)
     meta = {name: p.detach() for name, p in policy.named_parameters()}
     step_sizes = {}
@@ -378,7 +372,7 @@ def main(args: Args) -> dict[str, float]:
     units = restore(policy.units.state_dict(), checkpoint.get("units"))
     policy.units.load_state_dict(units)
     policy.to(device)
-    num_inner_steps = args.num_inner_steps if step_sizes else 0  # else nothing adapts
+    num_inner_steps = args.num_inner_steps if step_sizes else 0  # else none
 
     if args.evaluate:
         scores, episodes = evaluate(meta, test_tasks, policy, args)
@@ -1793,6 +1787,14 @@ def report(scores: dict, tasks: np.ndarray, args, episodes: dict | None = None) 
 
 
 # <<< shared: run
+
+
+def found_so_far(scores: dict) -> dict[str, np.ndarray]:
+    """Whether an episode adapted to so far was a success, if tasks report it."""
+    if "success" not in scores:
+        return {}
+    hits = np.maximum.accumulate(scores.get("sampled_success", scores["success"]) > 0)
+    return {"found": np.pad(hits[:-1], ((1, 0), (0, 0))).astype(float)}
 
 
 def check_flags(args):
