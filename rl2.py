@@ -262,10 +262,7 @@ def collect(agent, tasks, key, args, test=False, deterministic=False) -> tuple[d
         played.append(rows)
 
     batch = join_blocks(played)
-    lengths = [rows["mask"].shape[1] for rows in played]
-    scores = {"return": torch.stack([x.sum(1) for x in batch["rewards"].split(lengths, 1)], 1)}
-    if "success" in batch:
-        scores["success"] = torch.stack([x.amax(1) for x in batch["success"].split(lengths, 1)], 1)
+    scores = trial_scores(batch, [rows["mask"].shape[1] for rows in played])
     names = ("obs", "inputs", "actions", "logprobs", "values", "rewards", "mask")
     return without_waiting({name: batch[name] for name in names}, args), scores
 
@@ -329,8 +326,7 @@ def update(agent, optimizer, batch, key, remaining, args) -> dict[str, float]:
     ent_coef = torch.full((), remaining * args.ent_coef, device=device)  # graphs take no numbers
     used = ("inputs", "actions", "logprobs", "advantages", "returns", "mask")
     batch = {name: batch[name] for name in used}
-    steps = graphed(ppo_steps, args)
-    means, norms = steps(agent, optimizer, batch, orders, ent_coef, args)
+    means, norms = graphed(ppo_steps, args)(agent, optimizer, batch, orders, ent_coef, args)
     if not norms.isfinite():
         fail("the gradient is not finite: try a smaller --learning-rate")
     return {name: mean.item() for name, mean in means.items()}
@@ -419,12 +415,7 @@ def main(args: Args) -> dict[str, float]:
 
             # log, (6) meta-test, save
             run.global_step += num_steps([batch])
-            metrics = losses | {
-                "charts/episodic_return": task_mean(played["return"][:, -1]),
-                "charts/episodic_length": task_mean(batch["mask"].sum(1) / args.episodes_per_task),
-            }
-            if args.episodes_per_task > 1:
-                metrics["charts/pre_adaptation_return"] = task_mean(played["return"][:, 0])
+            metrics = losses | trial_charts(batch, played)
             if run.due(args.eval_every):
                 scores, episodes = evaluate(agent, test_tasks, args)
                 metrics |= report(scores, test_tasks, args)
@@ -1617,6 +1608,25 @@ def without_waiting(batch: dict, args) -> dict:
         order = order[:, : int(batch["mask"].sum(1).max())]
     rows = torch.arange(len(order), device=order.device)[:, None]
     return {name: x[rows, order] for name, x in batch.items()}
+
+
+def trial_scores(batch: dict, lengths: list[int]) -> dict[str, torch.Tensor]:
+    """Of a trial's episodes of these lengths, (N, E): return and, where defined, success."""
+    scores = {"return": torch.stack([x.sum(1) for x in batch["rewards"].split(lengths, 1)], 1)}
+    if "success" in batch:
+        scores["success"] = torch.stack([x.amax(1) for x in batch["success"].split(lengths, 1)], 1)
+    return scores
+
+
+def trial_charts(batch: dict, scores: dict) -> dict[str, float]:
+    """charts/*, of a trial's first episode, if it has several, and of its last."""
+    returns = scores["return"]
+    episodes = returns.shape[1]
+    first = {"charts/pre_adaptation_return": task_mean(returns[:, 0])} if episodes > 1 else {}
+    return first | {
+        "charts/episodic_return": task_mean(returns[:, -1]),
+        "charts/episodic_length": task_mean(batch["mask"].sum(1) / episodes),
+    }
 
 
 def with_trials(scores: dict, tasks: np.ndarray, args) -> dict:

@@ -42,7 +42,6 @@ MAIN_LINES = 110
 OWN_LINES = dict.fromkeys(ALL, 430)  # above the ruler
 OWN_LINES["maml_trpo.py"] = 356  # 330, and --inner-loss lvc-std, what graphs call
 OWN_LINES["mmaml.py"] = 452  # an encoder, a function of the whole update, and Discrete actions
-OWN_LINES["rl2.py"] = 439  # trials carry a state, so that collect is its own; units of rewards move
 OWN_LINES["pearl.py"] = 441  # phases, a warm-up, contexts over several iterations, and units
 # Bytes, which density cannot cheat. The aim was 52 to 63 kB. What has come on top: damaged,
 # crafted and foreign checkpoints, torchrun's variables, full disks and closed pipes, ranks that
