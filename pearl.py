@@ -157,8 +157,11 @@ class Agent(nn.Module):
         self.register_buffer("reward_scale", torch.tensor(args.reward_scale or 1.0))
         self.register_buffer("means", torch.zeros(sum(self.columns.values())))
         self.register_buffer("units", torch.ones_like(self.means))
-        for name in ["context_rewards"] + ["obs", "next_obs"] * args.normalize_obs:
+        self.register_buffer("bounds", torch.full_like(self.means, torch.inf), persistent=False)
+        from_rows(self.units, self.columns)["context_rewards"].fill_(torch.inf)
+        for name in ["obs", "next_obs"] * args.normalize_obs:
             from_rows(self.units, self.columns)[name].fill_(torch.inf)
+            from_rows(self.bounds, self.columns)[name].fill_(10)
 
     def prior(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The belief about n tasks of which nothing is known."""
@@ -166,8 +169,8 @@ class Agent(nn.Module):
 
     def in_units(self, rows: torch.Tensor) -> torch.Tensor:
         """What networks are given for rows (..., W), or for their first columns: obs, a context."""
-        width = rows.shape[-1]
-        return (rows - self.means[:width]) / self.units[:width]
+        means, units, bounds = (x[: rows.shape[-1]] for x in (self.means, self.units, self.bounds))
+        return ((rows - means) / units).clamp(-bounds, bounds)
 
     def infer(self, rows, mask) -> tuple[torch.Tensor, torch.Tensor]:
         """(3) The belief given contexts: rows (N, C, W) and their mask (N, C)."""
@@ -385,10 +388,7 @@ def main(args: Args) -> dict[str, float]:
     num_tasks = len(experience.tasks)
     num_picked = args.picked_tasks // num_ranks
     at_first = math.ceil(num_tasks / num_picked)  # iterations of the initial collection
-    saved = checkpoint.get("optimizers", {})
-    critics = [*agent.sac.critics.parameters(), *agent.encoder.parameters()]  # learn together
-    learn = {"critics": critics, "actor": [*agent.sac.actor.parameters()]}
-    optimizers = {k: adam(p, args.learning_rate, args, saved.get(k)) for k, p in learn.items()}
+    optimizers = make_optimizers(agent, checkpoint.get("optimizers", {}), args)
 
     with Run(args, checkpoint) as run:
         if checkpoint:
@@ -1815,6 +1815,13 @@ def require_convergence(losses, agent, iteration: int, args):
         what = ", ".join(bad) or "networks are not finite"
         advice = f"try a smaller --learning-rate ({args.learning_rate}) or --reward-scale"
         fail(f"training diverged in iteration {iteration}, {what}: {advice}")
+
+
+def make_optimizers(agent, saved: dict, args) -> dict[str, torch.optim.Adam]:
+    """Adam for the actor, and for critics and encoder, which learn together."""
+    critics = [*agent.sac.critics.parameters(), *agent.encoder.parameters()]
+    learn = {"critics": critics, "actor": [*agent.sac.actor.parameters()]}
+    return {k: adam(p, args.learning_rate, args, saved.get(k)) for k, p in learn.items()}
 
 
 def whole_rounds(args) -> list[int]:

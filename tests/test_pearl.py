@@ -914,10 +914,14 @@ def test_observations_in_units():
         given = module.from_rows(agent.in_units(rows), columns)
         stored = module.from_rows(rows, columns)
         torch.testing.assert_close(given["obs"], (obs - 5) / torch.tensor(units), atol=1e-5, rtol=0)
-        next_obs = (stored["next_obs"] - 5) / torch.tensor(units)
+        next_obs = ((stored["next_obs"] - 5) / torch.tensor(units)).clamp(-10, 10)
         torch.testing.assert_close(given["next_obs"], next_obs, atol=1e-5, rtol=1e-5)
         for name in ("actions", "dense_rewards", "terminated"):
             assert torch.equal(given[name], stored[name])
+        # what flies off is clipped, and rewards are not
+        far = module.from_rows(agent.in_units(rows + 1e4), columns)
+        assert (far["obs"] == 10).all() and (far["next_obs"] == 10).all()
+        assert (far["dense_rewards"] > 9e3).all()
         # what acts and what infers are given the same
         torch.testing.assert_close(agent.in_units(rows[:, :4]), given["obs"])
         torch.testing.assert_close(agent.in_units(rows[:, :7])[:, :4], given["obs"])
