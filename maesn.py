@@ -175,8 +175,7 @@ class Policy(nn.Module):
 
 
 # Dictionaries by name: φ, what is adapted to a task, has mu and log_sigma (Z,), and with
-# --adapt-policy the weights; θ has the weights before adaptation, for all tasks. φ of N tasks has a
-# leading axis.
+# --adapt-policy the weights; θ has the weights before adaptation, for all tasks.
 
 
 def latent(phi, eps) -> torch.Tensor:
@@ -372,7 +371,7 @@ def main(args: Args) -> dict[str, float]:
     units = restore(policy.units.state_dict(), checkpoint.get("units"))
     policy.units.load_state_dict(units)
     policy.to(device)
-    num_inner_steps = args.num_inner_steps if step_sizes else 0  # else none
+    num_inner_steps = args.num_inner_steps if step_sizes else 0  # else nothing adapts
 
     if args.evaluate:
         scores, episodes = evaluate(meta, test_tasks, policy, args)
@@ -1800,8 +1799,8 @@ def found_so_far(scores: dict) -> dict[str, np.ndarray]:
 def check_flags(args):
     """End the program if there are no latents to learn."""
     if not args.num_train_tasks:
-        fail("--num-train-tasks 0: each training task has its own latent")
-    if args.latent_dim == 1 and args.normalise_latent:  # no gradient
+        fail("--num-train-tasks 0: each training task has its own latent, there must be a set")
+    if args.latent_dim == 1 and args.normalise_latent:  # ±1 has no gradient
         fail("--latent-dim 1: z would be a sign: give --latent-dim 2 or --no-normalise-latent")
 
 

@@ -151,24 +151,24 @@ class Agent(nn.Module):
         self.context_width = sum(self.columns.values()) + obs_size * args.context_next_obs
         self.columns |= {"next_obs": obs_size, "dense_rewards": 1, "terminated": 1}
         self.latent_size = args.latent_size
+        self.normalize_obs = args.normalize_obs
         self.encoder = MLP(self.context_width, args.encoder_size, 2 * args.latent_size)
         self.sac = SoftActorCritic(obs_size, action_size, args.latent_size, args.hidden_size)
         # what main measures; until then a column of unknown units is 0 to the networks
         self.register_buffer("reward_scale", torch.tensor(args.reward_scale or 1.0))
         self.register_buffer("means", torch.zeros(sum(self.columns.values())))
         self.register_buffer("units", torch.ones_like(self.means))
-        self.register_buffer("bounds", torch.full_like(self.means, torch.inf), persistent=False)
-        from_rows(self.units, self.columns)["context_rewards"].fill_(torch.inf)
-        for name in ["obs", "next_obs"] * args.normalize_obs:
+        self.register_buffer("bounds", torch.full_like(self.means, torch.inf))
+        unknown = ["context_rewards", *(["obs", "next_obs"] if args.normalize_obs else [])]
+        for name in unknown:
             from_rows(self.units, self.columns)[name].fill_(torch.inf)
-            from_rows(self.bounds, self.columns)[name].fill_(10)
 
     def prior(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The belief about n tasks of which nothing is known."""
         return self.means.new_zeros(n, self.latent_size), self.means.new_ones(n, self.latent_size)
 
     def in_units(self, rows: torch.Tensor) -> torch.Tensor:
-        """What networks are given for rows (..., W), or for their first columns: obs, a context."""
+        """Rows (..., W), or their first columns, as networks see them: in units, within bounds."""
         means, units, bounds = (x[: rows.shape[-1]] for x in (self.means, self.units, self.bounds))
         return ((rows - means) / units).clamp(-bounds, bounds)
 
@@ -178,7 +178,7 @@ class Agent(nn.Module):
 
     def act(self, z, obs, noise) -> torch.Tensor:
         """rollout's callback: actions (N, E, A), given z (N, E, Z), on obs (N, E, O)."""
-        return self.sac.act(self.in_units(obs), z, noise)[0]
+        return self.sac.act(self.in_units(obs) if self.normalize_obs else obs, z, noise)[0]
 
 
 def belief(factors, mask) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1795,7 +1795,8 @@ def set_units(agent: Agent, replay: Replay, args):
     """
     usual, scale = USUAL_REWARDS[kind_of_tasks(args)]
     unit = reward_unit(replay, agent.columns)
-    means, units = (from_rows(x, agent.columns) for x in (agent.means, agent.units))
+    buffers = (agent.means, agent.units, agent.bounds)
+    means, units, bounds = (from_rows(x, agent.columns) for x in buffers)
     units["context_rewards"].fill_(unit / usual)
     if args.reward_scale is None:
         agent.reward_scale.copy_(scale * usual / unit)
@@ -1806,6 +1807,7 @@ def set_units(agent: Agent, replay: Replay, args):
         for name in ("obs", "next_obs"):
             means[name].copy_(mean)
             units[name].copy_(torch.where(std > 0, std, 1))
+            bounds[name].fill_(10)
 
 
 def require_convergence(losses, agent, iteration: int, args):

@@ -953,6 +953,7 @@ def test_learning_does_not_depend_on_the_units_of_observations(train, double, no
         folder, metrics = train(module, total_timesteps=5 * 160, num_train_tasks=8, **flags)
         agent = load(folder)["agent"]
         del agent["means"], agent["units"]
+        assert (agent["bounds"] == 10).sum() == 4 * normalize_obs
         runs.append((agent, metrics["eval/return"]))
     if normalize_obs:
         torch.testing.assert_close(runs[1], runs[0], atol=0, rtol=1e-6)
